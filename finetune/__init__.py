@@ -1,0 +1,1 @@
+"""What both projects share: checkpoints, chat encoding, batching, QLoRA, training, generation."""
