@@ -1,0 +1,1 @@
+"""Small shared parts, under the walkthrough's names."""
