@@ -1,0 +1,83 @@
+"""Load a model for inference: a base or merged checkpoint, an adapter on its base, in 16 bit, 32 bit or NF4."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.identity import check_adapter
+
+LEGACY_TYPES = ("qwen", "baichuan")
+RUN_FIRST = "Run `make qwen-download` (or `make baichuan-download`) first, or name another folder in .env."
+
+
+def check_model_dir(model_dir: str | Path) -> Path:
+    """The folder as a Path. Raises UserError unless it holds a checkpoint in a layout that transformers has a class for."""
+    folder = Path(model_dir)
+    config_path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a model folder, found nothing there. {RUN_FIRST}")
+    if not config_path.exists():
+        raise UserError(f"{folder}: expected a model folder, found no config.json. {RUN_FIRST}")
+    kind = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
+    if kind in LEGACY_TYPES:
+        raise UserError(
+            f"{folder} is in the original {kind} layout, which current transformers no longer runs. "
+            f"Convert it: python -m finetune.checkpoint {folder} {folder}-native"
+        )
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"{folder}: expected weights (*.safetensors), found none. {RUN_FIRST}")
+    return folder
+
+
+def default_dtype() -> str:
+    """bfloat16 on a card that computes in it, float16 on an older one, float32 on a CPU.
+
+    On a CPU float32 is the exact choice and no slower: without AMX, PyTorch emulates bfloat16 products.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def _quantization(dtype: str) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
+def load_for_inference(
+    model_name_or_path: str | Path,
+    adapter_name_or_path: str | Path | None = None,
+    load_in_4bit: bool = False,
+    dtype: str | None = None,
+) -> tuple[Any, Any]:
+    """(model, tokenizer), in evaluation mode, on the first visible GPU or the CPU.
+
+    `dtype` (bfloat16, float16, float32) defaults to default_dtype(). An adapter stays beside its base and is not merged
+    into it. Raises UserError on a missing folder, an unconverted checkpoint, or an adapter of another base model.
+    """
+    folder = check_model_dir(model_name_or_path)
+    if adapter_name_or_path is not None:
+        check_adapter(adapter_name_or_path, folder)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = dtype or default_dtype()
+    options = {"quantization_config": _quantization(dtype)} if load_in_4bit else {}
+    if torch.cuda.is_available():  # a device map that names the CPU makes peft offload the model
+        options["device_map"] = {"": 0}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, **options)
+    if adapter_name_or_path is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter_name_or_path))
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
