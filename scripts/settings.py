@@ -1,0 +1,146 @@
+"""The settings of this machine, in one grammar for `.env` that make, bash and python-dotenv read alike.
+
+    python3 scripts/settings.py make      # lines for the Makefile: export KEY ?= value
+    python3 scripts/settings.py shell     # lines for a launch script: export KEY=value
+    python3 scripts/settings.py config    # every value and where it came from, secrets masked
+
+Precedence: command line > environment > `.env` > default. `.env.example` is the list of keys, their meanings and defaults.
+A value there that starts with / is a place on one machine: an example, never a default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LINE = re.compile(r"([A-Z][A-Z0-9_]*)=([A-Za-z0-9_./:@,+=%-]*)")
+SECRET = re.compile(r"(TOKEN|KEY)$")
+
+
+class SettingsError(ValueError):
+    """A line of `.env` that cannot be used, with its number and what to write instead."""
+
+
+def read_example(path: Path = ROOT / ".env.example") -> dict[str, str]:
+    """All keys and the values `.env.example` gives them."""
+    return _parse(path)
+
+
+def read_env(path: Path = ROOT / ".env") -> dict[str, str]:
+    """The keys a person set in `.env`; none when there is no such file.
+
+    Raises SettingsError for a bad line, an unknown or repeated key, and a value missing where empty has no meaning.
+    """
+    if not path.exists():
+        return {}
+    values = _parse(path)
+    known, may_be_empty = read_example(), _keys_with_a_meaning_of_empty()
+    for number, key, value in _assignments(path):
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {close[0]}?" if close else "the keys are listed in .env.example."
+            raise SettingsError(f"{path.name}:{number}: unknown key {key}; {hint}")
+        if not value and key not in may_be_empty:
+            raise SettingsError(f"{path.name}:{number}: {key} has no value, for example: {key}={known[key]}")
+    return values
+
+
+def defaults() -> dict[str, str]:
+    """What a key is when nobody says anything."""
+    return {key: value for key, value in read_example().items() if not value.startswith("/")}
+
+
+def resolve() -> dict[str, str]:
+    """The value of every key that has one, the environment first."""
+    return {**defaults(), **read_env(), **{key: os.environ[key] for key in read_example() if key in os.environ}}
+
+
+def load() -> None:
+    """Put the settings into the environment, where what is there already wins; for programs that are started by hand."""
+    for key, value in resolve().items():
+        if value:
+            os.environ.setdefault(key, value)
+
+
+def _assignments(path: Path) -> list[tuple[int, str, str]]:
+    """(line number, key, value) of every assignment."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = LINE.fullmatch(line)
+        if not match:
+            expected = "KEY=value with no spaces, quotes, ~, $ or trailing comment"
+            raise SettingsError(f"{path.name}:{number}: expected {expected}, got: {line}")
+        found.append((number, match[1], match[2]))
+    return found
+
+
+def _parse(path: Path) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for number, key, value in _assignments(path):
+        if key in values:
+            raise SettingsError(f"{path.name}:{number}: {key} is set a second time; keep one of the lines.")
+        values[key] = value
+    return values
+
+
+def _keys_with_a_meaning_of_empty() -> set[str]:
+    """The keys whose comment in `.env.example` says what `Empty:` means."""
+    text = (ROOT / ".env.example").read_text(encoding="utf-8")
+    return set(re.findall(r"^#.* Empty: .*\n([A-Z][A-Z0-9_]*)=", text, re.MULTILINE))
+
+
+def make_lines() -> str:
+    """What the Makefile includes; an empty value is left out, so that no program sees an empty HF_ENDPOINT."""
+    values = {**defaults(), **read_env()}
+    lines = [f"export {key} ?= {value}" for key, value in values.items() if value]
+    return "\n".join([f"SETTINGS := {' '.join(read_example())}", *lines]) + "\n"
+
+
+def shell_lines() -> str:
+    """What a launch script evaluates: only what the environment does not say already."""
+    values = {**defaults(), **read_env()}
+    lines = [f"export {key}={shlex.quote(value)}\n" for key, value in values.items() if value and key not in os.environ]
+    return "".join(lines)
+
+
+def config_lines(origins: dict[str, str]) -> str:
+    """One line a key: value and origin. `origins` is what make knows: KEY -> command line, environment, file."""
+    from_file, values = read_env(), resolve()
+    lines = []
+    for key in read_example():
+        value = values.get(key, "")
+        origin = origins.get(key, "environment" if key in os.environ else "file")
+        if origin not in ("command line", "environment"):
+            origin = ".env" if key in from_file else "default" if key in values else "not set"
+        shown = "**********" if value and SECRET.search(key) else value
+        lines.append(f"{key:<22} {shown or '(empty)':<60} {origin}\n")
+    return "".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("form", choices=["make", "shell", "config"])
+    parser.add_argument("origins", nargs="*", metavar="KEY=ORIGIN", help="for config: where make has the key from")
+    arguments = parser.parse_args()
+    try:
+        if arguments.form == "config":
+            text = config_lines(dict(origin.split("=", 1) for origin in arguments.origins))
+        else:
+            text = make_lines() if arguments.form == "make" else shell_lines()
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""The surroundings every test runs in: one thread per process, no hub, no setting of the person who runs them."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scripts.settings import read_example
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NOT_COPIED = {".git", ".venv", ".env", ".cache", "logs", "outputs", "__pycache__", ".pytest_cache", ".ruff_cache"}
+
+# Without PASSIVE, libgomp's spinning threads of parallel tests take the cores from each other.
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+if not Path("/dev/nvidiactl").exists():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+for key in [*read_example(), "BG", "DRY_RUN", "STEP", "MAKEFLAGS", "MAKELEVEL"]:
+    if key != "CUDA_VISIBLE_DEVICES":
+        os.environ.pop(key, None)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the repository without `.env`, in which a test may write its own and run make."""
+    target = tmp_path / "checkout"
+    shutil.copytree(REPOSITORY, target, ignore=lambda _, names: NOT_COPIED.intersection(names))
+    return target
