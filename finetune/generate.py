@@ -100,7 +100,7 @@ class OutOfMemoryGuard:
 
 @contextmanager
 def _generation_config(model: Any, config: Any) -> Iterator[None]:
-    """`model.generate` fills what a config leaves open from the model's own; so the model's own is replaced meanwhile."""
+    """`model.generate` fills what a config leaves open from the model's own, so that is replaced meanwhile."""
     saved, model.generation_config = model.generation_config, config
     try:
         yield
@@ -159,7 +159,7 @@ def generate_batches(
             lambda part: generate_batch(model, tokenizer, [prompts[i] for i in part], max_new_tokens, sampling),
             list(batch),
         )
-        yield list(zip(batch, texts))
+        yield list(zip(batch, texts, strict=True))
 
 
 def generate_texts(

@@ -29,15 +29,27 @@ def _samples(places: dict[str, Place]) -> Iterator[bytes]:
             yield stream.read(min(SAMPLE_BYTES, place.size))
 
 
-def fingerprint(folder: str | Path) -> str:
-    """Hex digest that tells checkpoints (or adapters) with different weights apart."""
-    folder = Path(folder)
-    weights = folder / ADAPTER_WEIGHTS
-    places = read_header(weights) if weights.exists() else tensor_places(folder)
-    digest = hashlib.sha256()
-    for sample in _samples(places):
-        digest.update(sample)
-    return digest.hexdigest()
+def _places(folder: Path) -> dict[str, Place]:
+    """The tensors of a checkpoint; where they are pickled, whole files stand for them."""
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        return {file.name: Place(file, "file", (), 0, file.stat().st_size) for file in pickled}
+    return tensor_places(folder)
+
+
+def fingerprint(model_dir: str | Path) -> str:
+    """Hex digest that tells checkpoints with different weights apart."""
+    return hashlib.sha256(b"".join(_samples(_places(Path(model_dir))))).hexdigest()
+
+
+def adapter_fingerprint(adapter_dir: str | Path) -> str:
+    """Hex digest of an adapter's weights and of the settings that change what they do (alpha, rank, ...)."""
+    settings = read_adapter_config(adapter_dir)
+    for key in ("base_model_name_or_path", "peft_version", "revision", "inference_mode"):
+        settings.pop(key, None)
+    places = read_header(Path(adapter_dir) / ADAPTER_WEIGHTS)
+    text = json.dumps(settings, sort_keys=True).encode()
+    return hashlib.sha256(text + b"".join(_samples(places))).hexdigest()
 
 
 def record_base(adapter_dir: str | Path, model_dir: str | Path) -> None:

@@ -88,7 +88,7 @@ def score_batches(
     pad_id, guard = pad_token_id(tokenizer, stop_token_ids(model, tokenizer)), OutOfMemoryGuard()
     for batch in batches:
         scores = guard.run(lambda part: score_batch(model, [cases[i] for i in part], pad_id), list(batch))
-        yield list(zip(batch, scores))
+        yield list(zip(batch, scores, strict=True))
 
 
 def label_log_likelihoods(
@@ -101,7 +101,10 @@ def label_log_likelihoods(
 ) -> list[list[float]]:
     """log p(candidate, end of answer | prompt) for every candidate text of every prompt (lists of token ids)."""
     end_id = end_of_answer_id(model, tokenizer)
-    cases = [(p, [candidate_ids(tokenizer, text, end_id) for text in texts]) for p, texts in zip(prompts, candidates)]
+    cases = [
+        (prompt, [candidate_ids(tokenizer, text, end_id) for text in texts])
+        for prompt, texts in zip(prompts, candidates, strict=True)
+    ]
     budget = token_budget or default_token_budget(causal_model(model).device)
     results: list[list[float]] = [[] for _ in cases]
     for pairs in score_batches(model, tokenizer, cases, plan_cases(cases, budget, max_rows)):

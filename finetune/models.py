@@ -12,7 +12,7 @@ RUN_FIRST = "Run `make qwen-download` (or `make baichuan-download`) first, or na
 
 
 def check_model_dir(model_dir: str | Path) -> Path:
-    """The folder as a Path. Raises UserError unless it holds a checkpoint in a layout that transformers has a class for."""
+    """The folder as a Path. Raises UserError unless it holds a checkpoint that current transformers has a class for."""
     folder = Path(model_dir)
     config_path = folder / "config.json"
     if not folder.is_dir():
@@ -54,6 +54,14 @@ def _quantization(dtype: str) -> Any:
     )
 
 
+def load_tokenizer(model_name_or_path: str | Path) -> Any:
+    """The checkpoint's tokenizer. Raises UserError like check_model_dir."""
+    folder = check_model_dir(model_name_or_path)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 def load_for_inference(
     model_name_or_path: str | Path,
     adapter_name_or_path: str | Path | None = None,
@@ -69,7 +77,7 @@ def load_for_inference(
     if adapter_name_or_path is not None:
         check_adapter(adapter_name_or_path, folder)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     dtype = dtype or default_dtype()
     options = {"quantization_config": _quantization(dtype)} if load_in_4bit else {}
@@ -80,4 +88,4 @@ def load_for_inference(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter_name_or_path))
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), load_tokenizer(folder)

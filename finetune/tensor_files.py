@@ -1,4 +1,4 @@
-"""Safetensors files of a checkpoint without loading them: where each tensor lies, and a writer that holds one at a time.
+"""Safetensors files without loading them: where each tensor lies, and a writer that holds one tensor at a time.
 
 A file is 8 bytes with the header's length, the header as JSON (name -> dtype, shape, data_offsets), then the data.
 """

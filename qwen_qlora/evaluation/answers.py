@@ -1,6 +1,7 @@
 """The answers a prompt allows, found from the row itself, and what a prediction says in their terms.
 
-Text-matching rows ask one yes/no question in several wordings: 相同/不相同, 相似/不相似, 是/否, each perhaps behind 答案：.
+Text-matching rows ask one yes/no question in several wordings: 相同/不相同, 相似/不相似, 是/否,
+each perhaps behind 答案：.
 """
 
 import re
@@ -73,7 +74,7 @@ def answers_for(gold: str, prompt: str = "") -> Answers | None:
 
 
 def _not_inside(word: str, pair: tuple[str, str]) -> str:
-    """Pattern of a word where it is not the end of the pair's longer word: 相同 stands in 不相同 without being named."""
+    """Pattern of a word where it is not part of the pair's longer word: 相同 stands in 不相同 without being named."""
     negation = pair[1].removesuffix(word) if pair[1] != word and pair[1].endswith(word) else ""
     return (f"(?<!{re.escape(negation)})" if negation else "") + re.escape(word)
 

@@ -1,0 +1,43 @@
+"""Rows of a test file as questions with a known answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.errors import UserError
+from finetune.rows import Row
+from qwen_qlora.evaluation.answers import Answers, answers_for
+
+
+@dataclass(frozen=True)
+class EvaluationCase:
+    """Everything up to the last assistant turn is asked, that turn is the gold answer."""
+
+    line: int
+    messages: tuple[dict[str, str], ...]
+    gold: str
+    answers: Answers | None  # the two answers valid here; None for rows of another kind, such as keywords
+
+    @property
+    def prompt(self) -> str:
+        """The question as text: the user's words alone, or one `role: text` line a message when there are more."""
+        if len(self.messages) == 1:
+            return self.messages[0]["content"]
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+
+
+def case_of(row: Row) -> EvaluationCase:
+    """The case of one row."""
+    *messages, last = row.messages()
+    gold = last["content"]
+    return EvaluationCase(row.line, tuple(messages), gold, answers_for(gold, messages[-1]["content"]))
+
+
+def require_labels(cases: Sequence[EvaluationCase], path: str) -> None:
+    """Raise UserError when a row has no pair of answers to compare the likelihoods of."""
+    others = [case for case in cases if case.answers is None]
+    if others:
+        raise UserError(
+            f"{path}: likelihood mode compares the two answers of a pair such as 相同/不相同, but {len(others)} of "
+            f"{len(cases)} rows have another kind of answer, first line {others[0].line}: {others[0].gold[:40]!r}. "
+            "Use --mode generate for them."
+        )
