@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.settings import read_example
+from tests.tiny.session import tiny_baichuan, tiny_baichuan_original, tiny_qwen, tiny_qwen_original  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOT_COPIED = {".git", ".venv", ".env", ".cache", "logs", "outputs", "__pycache__", ".pytest_cache", ".ruff_cache"}

@@ -1,0 +1,133 @@
+"""What must hold before a conversion is called finished: data on disk, names and shapes, sizes, token ids."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from finetune.checkpoint.manifest import Manifest, Unit
+from finetune.checkpoint.probe_texts import probe_texts
+from finetune.errors import UserError
+from finetune.tensor_files import read_header, tensor_places
+
+CHUNK = 8_000_000
+
+
+class VerificationError(UserError):
+    """The written files are not what they should be: a broken disk or an unexpected library version."""
+
+
+def check_file(path: Path, unit: Unit, digests: dict[str, str]) -> None:
+    """Read a written file back from the disk and compare names, shapes and the digest of every tensor."""
+    places = read_header(path)
+    written = {name: (place.dtype, place.shape) for name, place in places.items()}
+    if written != {output.piece.target: (output.dtype, output.shape) for output in unit.outputs}:
+        raise VerificationError(f"{path}: the header read back is not the one written. Check the disk and run again.")
+    with open(path, "rb") as stream:
+        # Otherwise the page cache would answer, and the comparison would say nothing about the disk.
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for name, place in places.items():
+            if digest_of(stream, place.start, place.size) != digests[name]:
+                raise VerificationError(
+                    f"{path}: {name} read back differs from what was written. Check the disk and run again."
+                )
+
+
+def digest_of(stream: Any, start: int, size: int) -> str:
+    """sha256 of a stretch of a file."""
+    digest = hashlib.sha256()
+    stream.seek(start)
+    while size > 0:
+        block = stream.read(min(CHUNK, size))
+        if not block:
+            break
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest()
+
+
+def check_checkpoint(
+    layout: ModuleType, work: Manifest, source: Path, target: Path, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Verify the whole folder; returns facts for the marker. Raises VerificationError."""
+    places = tensor_places(target)
+    check_against_class({name: place.shape for name, place in places.items()}, target)
+    check_bytes(work, target)
+    num_texts = check_tokenizer(layout, source, target)
+    num_parameters = sum(count(place.shape) for place in places.values())
+    report(f"verified: {len(places)} tensors, {num_parameters:,} parameters, token ids of {num_texts} texts")
+    return {"num_parameters": num_parameters, "num_texts_checked": num_texts}
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """Number of elements."""
+    elements = 1
+    for length in shape:
+        elements *= length
+    return elements
+
+
+def check_against_class(written: dict[str, tuple[int, ...]], target: Path) -> None:
+    """Compare names and shapes with those of the model class, built from config.json without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    differing = sorted(name for name in expected.keys() | written.keys() if expected.get(name) != written.get(name))
+    if differing:
+        name = differing[0]
+        raise VerificationError(
+            f"{len(differing)} tensors differ from {type(model).__name__}, first {name}: "
+            f"expected {expected.get(name)}, wrote {written.get(name)}."
+        )
+
+
+def check_bytes(work: Manifest, target: Path) -> None:
+    """Compare the size of every file with the plan's."""
+    for unit in work.units:
+        stored = sum(place.size for place in read_header(target / unit.file).values())
+        size = (target / unit.file).stat().st_size
+        header = size - stored
+        if stored != unit.size or not 0 < header < CHUNK:
+            raise VerificationError(
+                f"{target / unit.file}: expected {unit.size:,} bytes of tensors, found {stored:,} in {size:,}."
+            )
+
+
+def check_tokenizer(layout: ModuleType, source: Path, target: Path) -> int:
+    """Compare the ids AutoTokenizer gives with the published tokenizer's on every probe text; returns their number."""
+    from transformers import AutoTokenizer
+
+    from finetune.checkpoint.small_files import TOKENIZERS
+
+    texts = probe_texts()
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    expected = TOKENIZERS[layout.NAME].reference_ids(source, texts)
+    for text, ids in zip(texts, expected, strict=True):
+        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if found != ids:
+            raise VerificationError(f"the converted tokenizer differs on {text!r}: expected {ids}, got {found}.")
+    return len(texts)
+
+
+def marker(layout: ModuleType, config: dict[str, Any], work: Manifest, source: Path) -> dict[str, Any]:
+    """What conversion.json says: the source, the layout, and what training has to know about the model."""
+    import transformers
+
+    from finetune.checkpoint.layouts import download_record
+
+    return {
+        "format": 1,
+        "layout": layout.NAME,
+        "architecture": layout.ARCHITECTURE,
+        "norm_head": layout.NORM_HEAD,
+        "source": source.name,
+        "download": download_record(source),
+        "source_config": config,
+        "files": {unit.file: unit.digests for unit in work.units},
+        "transformers": transformers.__version__,
+    }

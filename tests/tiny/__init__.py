@@ -1,0 +1,1 @@
+"""Builders of tiny random checkpoints in the layouts the hubs hold."""
