@@ -4,8 +4,8 @@
     python3 scripts/settings.py shell     # lines for a launch script: export KEY=value
     python3 scripts/settings.py config    # every value and where it came from, secrets masked
 
-Precedence: command line > environment > `.env` > default. `.env.example` is the list of keys, their meanings and defaults.
-A value there that starts with / is a place on one machine: an example, never a default.
+Precedence: command line > environment > `.env` > default. `.env.example` is the list of keys, their meanings and
+defaults. A value there that starts with / is a place on one machine: an example, never a default.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def resolve() -> dict[str, str]:
 
 
 def load() -> None:
-    """Put the settings into the environment, where what is there already wins; for programs that are started by hand."""
+    """Put the settings into the environment, where what is there already wins; for programs started by hand."""
     for key, value in resolve().items():
         if value:
             os.environ.setdefault(key, value)
@@ -71,7 +71,7 @@ def load() -> None:
 def _assignments(path: Path) -> list[tuple[int, str, str]]:
     """(line number, key, value) of every assignment."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if not line.strip() or line.startswith("#"):
             continue
         match = LINE.fullmatch(line)

@@ -1,0 +1,122 @@
+# usage: make help
+SHELL := bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# Settings: .env and the defaults of .env.example, checked. The command line and the environment win over both.
+# The targets that need none are spared the check: a broken .env must not keep anyone from stopping a step.
+WITHOUT_SETTINGS := help quickstart doctor test lint gpu gpu-watch status logs stop
+ifneq ($(filter-out $(WITHOUT_SETTINGS),$(or $(MAKECMDGOALS),help)),)
+include .cache/env.mk
+endif
+.cache/env.mk: FORCE
+	@mkdir -p .cache && python3 scripts/settings.py make > $@.new && { cmp -s $@.new $@ || cp $@.new $@; }
+FORCE:
+
+# $(call need,KEY KEY) expands to nothing, or refuses the target while a setting has no value.
+where = $(if $(wildcard .env),Set it in .env,There is no .env yet: cp .env.example .env)
+need = $(foreach key,$(1),$(if $($(key)),,$(error $@ needs $(key). $(where), or run: make $@ $(key)=...)))
+
+# $(call step,ENVIRONMENT) runs what follows it as the step named like the target, with that environment's programs.
+step = python3 scripts/run_step.py run $@ $(if $(1),$(call need,ENVS_DIR)--env "$$ENVS_DIR/$(1)") --
+
+# What QWEN_EVAL_MODEL loads.
+qwen_base = $(call need,QWEN_MODEL_DIR)--model_name_or_path "$$QWEN_MODEL_DIR" --load_in_4bit
+qwen_adapter = $(qwen_base) $(call need,QWEN_ADAPTER_DIR)--adapter_name_or_path "$$QWEN_ADAPTER_DIR"
+qwen_merged = $(call need,QWEN_MERGED_DIR)--model_name_or_path "$$QWEN_MERGED_DIR"
+wrong_model = $(error QWEN_EVAL_MODEL must be base, adapter or merged, got: $(QWEN_EVAL_MODEL))
+qwen_model = $(or $(qwen_$(QWEN_EVAL_MODEL)),$(wrong_model))
+
+##@ Start
+.PHONY: help
+help: ## show this text
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2} /^## / {print substr($$0, 4)}' Makefile
+
+.PHONY: quickstart
+quickstart: ## the whole path with a tiny model on this machine: install, train, evaluate, merge, compare
+	@$(call step) python3 scripts/quickstart.py
+
+.PHONY: doctor
+doctor: ## check card, driver, memory, disk, Python and settings, and say what to do (NET=1: the hub too)
+	@$(call step) python3 scripts/doctor.py $(if $(filter 1,$(NET)),--net)
+
+.PHONY: config
+config: ## every setting, its value and where it came from
+	@python3 scripts/settings.py config $(foreach key,$(SETTINGS),"$(key)=$(origin $(key))")
+
+.PHONY: test
+test: ## run the tests (ARGS="tests/test_settings.py" for some of them)
+	@$(call step) bash scripts/test.sh $(ARGS)
+
+.PHONY: lint
+lint: ## check the style of Python and shell files
+	@$(call step) bash scripts/lint.sh
+
+##@ Box
+.PHONY: instance
+instance: ## [3] prepare a rented box: directories, net-tools, vim's encodings
+	@$(call need,BASE_MODEL_DIR ENVS_DIR QWEN_OUTPUT_DIR)$(call step) python3 scripts/instance.py
+
+.PHONY: modelscope-env
+modelscope-env: ## [4-5] create modelscope_env, the environment of the downloads
+	@$(call need,ENVS_DIR)$(call step) python3 scripts/environment.py modelscope_env
+
+.PHONY: gpu
+gpu: ## [11] show the cards and their memory
+	@$(call step) python3 scripts/nvidia.py show
+
+.PHONY: gpu-watch
+gpu-watch: ## [12] show them every second
+	@$(call step) python3 scripts/nvidia.py watch
+
+.PHONY: status
+status: ## what runs in the background, since when, at what cost (STEP=qwen-train for one step)
+	@python3 scripts/run_step.py status $(STEP)
+
+.PHONY: logs
+logs: ## [13] a step's log; on a terminal it is followed (STEP=qwen-train, FOLLOW=0)
+	@python3 scripts/run_step.py logs $(STEP) $(if $(filter 0,$(FOLLOW)),--print)
+
+.PHONY: stop
+stop: ## end a background step with SIGTERM and wait for it (STEP=qwen-train, TIMEOUT=seconds to kill it after)
+	@python3 scripts/run_step.py stop $(STEP) $(if $(TIMEOUT),--timeout $(TIMEOUT))
+
+##@ Project 1, qwen_qlora: QLoRA of Qwen-14B-Chat on one 48 GB card
+.PHONY: qwen-env
+qwen-env: ## [7-8] create qwen_env, the environment of the other steps
+	@$(call need,ENVS_DIR)$(call step) python3 scripts/environment.py qwen_env
+
+.PHONY: qwen-download
+qwen-download: ## [6] download the base model and convert it to a current layout
+	@$(call need,BASE_MODEL_DIR QWEN_MODEL_ID QWEN_MODEL_REVISION QWEN_MODEL_DIR)$(call step,modelscope_env) python -m qwen_qlora.qwen_download \
+	  --model_id "$$QWEN_MODEL_ID" --revision "$$QWEN_MODEL_REVISION" --source "$$SOURCE" \
+	  --download_dir "$$BASE_MODEL_DIR" --model_dir "$$QWEN_MODEL_DIR" --keep_original "$$KEEP_ORIGINAL"
+
+.PHONY: qwen-data
+qwen-data: ## [9] check the rows: lengths, cuts, duplicates, overlap of training and test
+	@$(call need,QWEN_MODEL_DIR)$(call step,qwen_env) python -m finetune.data_report --model_dir "$$QWEN_MODEL_DIR" \
+	  --train_file "$$QWEN_TRAIN_FILE" --test_file "$$QWEN_TEST_FILE" \
+	  --max_seq_length "$$(sed -n 's/.*"max_seq_length": *\([0-9]*\).*/\1/p' "$$QWEN_TRAIN_CONFIG")" $(ARGS)
+
+.PHONY: qwen-train
+qwen-train: ## [9-10] train the adapter (BG=1 detaches it; ARGS="--learning_rate 1e-4" overrides the JSON)
+	@$(call need,QWEN_MODEL_DIR QWEN_OUTPUT_DIR)bash qwen_qlora/train_qwen_qlora.sh $(ARGS)
+
+.PHONY: qwen-eval
+qwen-eval: ## [14] answer the 500 test rows, write gold and predicted answers and metrics
+	@$(call step,qwen_env) python -m qwen_qlora.evaluation.model_evaluation $(qwen_model) \
+	  --test_file "$$QWEN_TEST_FILE" --result_file "$$QWEN_RESULT_FILE" --mode "$$QWEN_EVAL_MODE" \
+	  $(if $(QWEN_EVAL_LIMIT),--limit "$$QWEN_EVAL_LIMIT") $(ARGS)
+
+.PHONY: qwen-merge
+qwen-merge: ## [note 23] merge the adapter into a 16-bit model
+	@$(call need,QWEN_MODEL_DIR QWEN_ADAPTER_DIR QWEN_MERGED_DIR)$(call step,qwen_env) python -m qwen_qlora.utils.merge_lora \
+	  --model_name_or_path "$$QWEN_MODEL_DIR" --adapter_name_or_path "$$QWEN_ADAPTER_DIR" --save_path "$$QWEN_MERGED_DIR" $(ARGS)
+
+.PHONY: qwen-chat
+qwen-chat: ## talk to the model in the terminal
+	@$(call step,qwen_env) python -m finetune.chat $(qwen_model) $(ARGS)
+
+##
+## [n] is the step of the walkthrough. BG=1 detaches any step (it survives the SSH session, log in logs/<step>.log),
+## DRY_RUN=1 prints its command and does nothing. A setting is overridden by make <step> KEY=value.

@@ -1,0 +1,140 @@
+"""Run a step: print its command, put its environment first on PATH, detach it, watch it, stop it.
+
+    python3 scripts/run_step.py run qwen-train --env /envs/qwen_env -- torchrun ...
+    python3 scripts/run_step.py status [STEP]
+    python3 scripts/run_step.py logs [STEP]
+    python3 scripts/run_step.py stop [STEP]
+
+BG=1 detaches the step (it survives the SSH session), DRY_RUN=1 prints its command and does nothing.
+A detached step writes logs/STEP.log and logs/STEP.json; the log of the run before is kept as logs/STEP.log.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.step_process import run_and_wait, supervise  # noqa: E402
+from scripts.step_state import StepError, StepState, last_lines  # noqa: E402
+from scripts.step_watch import advice, follow_log, outcome, show_status, stop  # noqa: E402
+
+GRACE_SECONDS = 2
+TARGET_OF_ENVIRONMENT = {"llm_env": "baichuan-env", ".venv": "quickstart"}
+
+
+def run(name: str, environment: str | None, command: list[str]) -> int:
+    """Run the step in front or, with BG=1, detached. Returns the status to exit with."""
+    announcement = f"-----> {name}: {' '.join(map(shlex.quote, command))}"
+    if _is_on("DRY_RUN"):
+        print(announcement, flush=True)
+        return 0
+    state = StepState(name)
+    if state.is_running():
+        raise _already_running(state)
+    variables = step_variables(name, environment)
+    print(announcement, file=sys.stderr, flush=True)
+    if _is_on("BG"):
+        return _detach(state, command, variables)
+    status, _ = run_and_wait(name, command, variables)
+    print(advice(name, status), file=sys.stderr, end="")
+    return status
+
+
+def step_variables(name: str, environment: str | None) -> dict[str, str]:
+    """The variables of the step: DIR/bin first on PATH; refused without DIR, since PATH would fall through it."""
+    variables = dict(os.environ)
+    for switch in ("BG", "DRY_RUN"):  # a step that calls make itself must not detach its own steps
+        variables.pop(switch, None)
+    if environment is None:
+        return variables
+    folder = Path(environment).absolute()
+    target = TARGET_OF_ENVIRONMENT.get(folder.name, folder.name.replace("_", "-"))
+    if not (folder / "bin" / "python").exists():
+        raise StepError(f"{name}: no environment at {folder}. Create it first: make {target}")
+    if (folder / "unfinished").exists():
+        raise StepError(f"{name}: the environment at {folder} is not complete. Continue it: make {target}")
+    variables.pop("PYTHONHOME", None)
+    variables.update(VIRTUAL_ENV=str(folder), PATH=f"{folder / 'bin'}{os.pathsep}{variables.get('PATH', '')}")
+    return variables
+
+
+def _is_on(switch: str) -> bool:
+    value = os.environ.get(switch, "")
+    if value not in ("", "0", "1"):
+        raise StepError(f"{switch} must be 1 (on) or 0 (off), got: {value}")
+    return value == "1"
+
+
+def _already_running(state: StepState) -> StepError:
+    return StepError(f"{state.name} is already running. Look: make status. End it: make stop STEP={state.name}")
+
+
+def _detach(state: StepState, command: list[str], variables: dict[str, str]) -> int:
+    """Start a supervisor in a session of its own and stay long enough to show a step that fails at once."""
+    lock = state.acquire()
+    if lock is None:
+        raise _already_running(state)
+    log = state.new_log()
+    supervisor = subprocess.Popen(
+        [sys.executable, __file__, "supervise", state.name, "--", *command],
+        env={**variables, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        pass_fds=[lock],
+    )
+    os.close(lock)
+    try:
+        supervisor.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"{state.name} runs in the background, log: logs/{state.log.name}")
+        print(f"  look: make status    read: make logs STEP={state.name}    end: make stop STEP={state.name}")
+        return 0
+    print("\n".join(last_lines(state.log, 20)))
+    print(outcome(state.read()))
+    return supervisor.returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="run|status|logs|stop")
+    for action in ("run", "supervise"):
+        step = actions.add_parser(action, help="run a command as the step NAME")
+        step.add_argument("name")
+        step.add_argument("--env", metavar="DIR", help="environment whose bin/ comes first on PATH")
+        step.add_argument("command", nargs="+")
+    actions.add_parser("status", help="what runs, since when, at what cost").add_argument("name", nargs="?")
+    logs = actions.add_parser("logs", help="print a log; on a terminal, follow it")
+    logs.add_argument("name", nargs="?")
+    logs.add_argument("--print", action="store_true", help="print what is there and return")
+    stopping = actions.add_parser("stop", help="send SIGTERM and wait for the end")
+    stopping.add_argument("name", nargs="?")
+    stopping.add_argument("--timeout", type=float, help="seconds after which it is killed (default: wait on)")
+    arguments = parser.parse_args()
+    try:
+        if arguments.action == "run":
+            return run(arguments.name, arguments.env, arguments.command)
+        if arguments.action == "supervise":
+            return supervise(StepState(arguments.name), arguments.command)
+        if arguments.action == "status":
+            return show_status(arguments.name)
+        if arguments.action == "logs":
+            return follow_log(arguments.name, follow=sys.stdout.isatty() and not arguments.print)
+        return stop(arguments.name, arguments.timeout)
+    except StepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
