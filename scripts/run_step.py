@@ -58,7 +58,7 @@ def step_variables(name: str, environment: str | None) -> dict[str, str]:
     target = TARGET_OF_ENVIRONMENT.get(folder.name, folder.name.replace("_", "-"))
     if not (folder / "bin" / "python").exists():
         raise StepError(f"{name}: no environment at {folder}. Create it first: make {target}")
-    if (folder / "unfinished").exists():
+    if folder.with_name(folder.name + ".unfinished").exists():
         raise StepError(f"{name}: the environment at {folder} is not complete. Continue it: make {target}")
     variables.pop("PYTHONHOME", None)
     variables.update(VIRTUAL_ENV=str(folder), PATH=f"{folder / 'bin'}{os.pathsep}{variables.get('PATH', '')}")

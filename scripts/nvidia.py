@@ -1,0 +1,53 @@
+"""The NVIDIA cards of this machine, as nvidia-smi tells them.
+
+python3 scripts/nvidia.py show     # nvidia-smi
+python3 scripts/nvidia.py watch    # the same every second, until Ctrl-C
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+NONE_FOUND = (
+    "No NVIDIA card here: nvidia-smi is not on PATH. On a rented box choose an instance with a card; "
+    "without one only the small models of make quickstart and make test run, on the processor."
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    index: int
+    name: str
+    memory_mib: int
+    driver: str
+
+
+def find_cards() -> list[Card]:
+    """The cards nvidia-smi lists; none when it is missing or cannot reach the driver."""
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.split(", ") for line in text.decode().splitlines()]
+    return [Card(int(index), name, int(memory), driver) for index, name, memory, driver in rows]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["show", "watch"])
+    action = parser.parse_args().action
+    if not shutil.which("nvidia-smi"):
+        print(f"error: {NONE_FOUND}", file=sys.stderr)
+        return 2
+    command = ["nvidia-smi"] if action == "show" else ["watch", "-n", "1", "nvidia-smi"]
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
