@@ -6,6 +6,7 @@ keep normalising it (`norm_head` in conversion.json).
 """
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from finetune.checkpoint.pieces import Piece, split_in_three
@@ -16,7 +17,6 @@ TITLE = "Baichuan2-7B"
 ARCHITECTURE = "LlamaForCausalLM"
 NORM_HEAD = True
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "future_mask")
-TOKENIZER_FILE = "tokenizer.model"
 ROPE_BASE = 10000.0  # a constant in the published code, not in its config
 
 REQUIRED = (
@@ -120,6 +120,13 @@ def generation_config(source: dict[str, Any], token_ids: dict[str, int]) -> dict
     kept = {key: value for key, value in source.items() if key != "transformers_version"}
     defaults = {f"{name}_token_id": token_ids[name] for name in ("bos", "eos", "pad")}
     return defaults | kept
+
+
+def tokenizer() -> ModuleType:
+    """The module that converts its tokenizer."""
+    from finetune.checkpoint import tokenizer_baichuan2
+
+    return tokenizer_baichuan2
 
 
 def attribution(folder: Path) -> str:

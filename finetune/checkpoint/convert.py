@@ -1,178 +1,130 @@
-"""Carries a conversion out: file by file, verified on disk, resumable, with the source removed on the way if asked."""
+"""A conversion from start to end: checks, small files, weights, verification, marker. Every step can be repeated."""
 
-import hashlib
+import errno
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from finetune.checkpoint import disk, manifest, notices, verify
+from finetune.checkpoint import disk, manifest, verify
+from finetune.checkpoint.job import Job, only_one, print_progress
 from finetune.checkpoint.layouts import MARKER, detect_layout, finished_conversion, read_config
-from finetune.checkpoint.manifest import Manifest, Output, Unit
-from finetune.checkpoint.pieces import Piece
-from finetune.checkpoint.source import DTYPES, open_tensors, read_headers
+from finetune.checkpoint.manifest import Manifest
+from finetune.checkpoint.notices import write_notices
+from finetune.checkpoint.small_files import write_json, write_small_files
+from finetune.checkpoint.source import read_headers
+from finetune.checkpoint.weights import write_units
 from finetune.errors import UserError
-
-Report = Callable[[str], None]
-NORM_EPS = 1e-12  # F.normalize's default, which the published NormHead uses
-ROWS_AT_ONCE = 8192
-
-
-def print_progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def convert_checkpoint(
-    source: str | Path, target: str | Path, keep_original: bool = True, report: Report = print_progress
+    source: str | Path,
+    target: str | Path,
+    keep_original: bool = True,
+    report: Callable[[str], None] = print_progress,
 ) -> Path:
     """Convert source into target and return the folder to load: target, or source itself when it is native already.
 
     Raises UserError if the source cannot be converted exactly, the disk is too small, or target holds something else.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(source), Path(target).resolve()
     config = read_config(source)
     layout = detect_layout(config)
     if layout is None:
         report(f"{source} is native already ({config['model_type']}): nothing to convert, use it as it stands")
         return source
-    marker = finished_conversion(target)
-    if marker is not None:
-        check_same_target(marker, config, target)
-        report(f"already done: {target} ({marker['num_parameters']:,} parameters, converted from {marker['source']})")
+    job = Job(layout, config, source, target, keep_original, report)
+    if is_done(job):
         return target
-    if target.exists() and any(target.iterdir()):
-        raise UserError(
-            f"{target} is not empty and holds no finished conversion. Name another folder or empty this one."
-        )
-    partial = target.with_name(target.name + ".partial")
-    work = prepare(layout, config, source, partial, keep_original, report)
-    write_units(work, source, partial, keep_original, report)
-    finish(layout, config, work, source, partial, target, report)
+    with only_one(source):
+        try:
+            work = prepare(job)
+            write_units(job, work)
+            finish(job, work)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(f"the disk of {job.partial} is full. Free some and run again: it goes on.") from error
     return target
 
 
-def check_same_target(marker: dict[str, Any], config: dict[str, Any], target: Path) -> None:
-    """Raise UserError if target was converted from a different configuration."""
-    if marker["source_config"] != config:
+def is_done(job: Job) -> bool:
+    """Whether target is this conversion, finished. Raises UserError if it holds anything else."""
+    marker = finished_conversion(job.target)
+    if marker is None:
+        if os.path.ismount(job.target) or (job.target.exists() and any(job.target.iterdir())):
+            raise UserError(
+                f"{job.target} is not empty and holds no finished conversion. Name another folder or empty this one."
+            )
+        return False
+    if marker["source_config"] != job.config:
         raise UserError(
-            f"{target} holds the conversion of another checkpoint ({marker['source']}). "
+            f"{job.target} holds the conversion of another checkpoint ({marker['source']}). "
             "Name another folder, or remove it."
         )
+    parameters = marker["num_parameters"]
+    job.report(f"already done: {job.target} ({parameters:,} parameters, converted from {marker['source']})")
+    return True
 
 
-def prepare(
-    layout: ModuleType, config: dict[str, Any], source: Path, partial: Path, keep_original: bool, report: Report
-) -> Manifest:
-    """The plan: the saved one of an interrupted run, or a new one; the disk is checked for what is left of it."""
-    work = manifest.load(partial)
+def prepare(job: Job) -> Manifest:
+    """The plan, saved, with all but the weights written and checked: what can fail fails before the long part."""
+    work = manifest.load(job.partial)
     if work is None:
-        work = manifest.plan(layout, config, source, read_headers(source))
+        work = manifest.plan(job.layout, job.config, job.source, read_headers(job.source))
     else:
-        manifest.forget_lost_files(work, partial)
-        manifest.check_same_source(work, config, source, partial)
-        report(
-            f"continuing: {sum(u.is_done for u in work.units)} of {len(work.units)} files are converted and verified"
-        )
-    same_filesystem = source.stat().st_dev == disk.existing_parent(partial).stat().st_dev
-    needed = disk.peak_bytes(work, keep_original, same_filesystem)
-    advice = "Free some, or set KEEP_ORIGINAL=0 to remove each source file once its tensors are verified."
-    disk.check_free(partial, needed, f"converting {source}", advice if keep_original else "Free some.")
-    partial.mkdir(parents=True, exist_ok=True)
-    manifest.save(work, partial)
+        manifest.forget_lost_files(work, job.partial)
+        manifest.check_same_source(work, job.config, job.source, job.partial)
+        done = sum(unit.is_done for unit in work.units)
+        job.report(f"continuing: {done} of {len(work.units)} files are converted and verified")
+    check_disk(job, work)
+    token_ids = job.layout.tokenizer().token_ids(job.source)
+    job.partial.mkdir(parents=True, exist_ok=True)
+    write_small_files(job, work, token_ids)
+    write_notices(job.layout, job.source, job.partial)
+    verify.check_against_class(manifest.planned_shapes(work), job.partial)
+    num_texts = verify.check_tokenizer(job.layout, job.source, job.partial)
+    job.report(f"verified: the tokenizer gives the published ids on {num_texts} texts")
+    manifest.save(work, job.partial)
     return work
 
 
-def write_units(work: Manifest, source: Path, partial: Path, keep_original: bool, report: Report) -> None:
-    """Write, verify and record every unit that is not done; remove source files nothing needs any more."""
-    total, done = sum(u.size for u in work.units), sum(u.size for u in work.units if u.is_done)
-    started, done_before = time.monotonic(), done
-    for unit in work.units:
-        if not unit.is_done:
-            unit.digests = write_unit(unit, source, partial)
-            manifest.save(work, partial)
-            done += unit.size
-            seconds = (total - done) * (time.monotonic() - started) / (done - done_before)
-            report(f"{unit.file}: {done / 1e9:.2f} of {total / 1e9:.2f} GB converted, {seconds:.0f} s to go")
-        if not keep_original and all(u.is_done for u in work.units if u.source == unit.source):
-            (source / unit.source).unlink(missing_ok=True)
+def check_disk(job: Job, work: Manifest) -> None:
+    """Raise UserError if what is left of the plan does not fit."""
+    same_filesystem = job.source.stat().st_dev == disk.existing_parent(job.partial).stat().st_dev
+    needed = disk.peak_bytes(work, job.keep_original, same_filesystem)
+    advice = "Free some, or set KEEP_ORIGINAL=0 to remove each source file once its tensors are verified."
+    disk.check_free(job.partial, needed, f"converting {job.source}", advice if job.keep_original else "Free some.")
 
 
-def write_unit(unit: Unit, source: Path, partial: Path) -> dict[str, str]:
-    """Write one target file and read it back from the disk; returns tensor -> sha256 of its data."""
-    from finetune.tensor_files import Place, write_shard
-
-    path = partial / unit.file
-    places = {o.piece.target: Place(path, o.dtype, o.shape, 0, o.size) for o in unit.outputs}
-    digests: dict[str, str] = {}
-    with open_tensors(source / unit.source) as tensors:
-        write_shard(path, places, converted(unit.outputs, tensors, digests))
-    manifest.sync_folder(partial)
-    verify.check_file(path, unit, digests)
-    return digests
-
-
-def converted(outputs: list[Output], tensors: Any, digests: dict[str, str]) -> Iterator[tuple[str, memoryview]]:
-    """(name, data) of each output in turn; fills digests."""
-    import torch
-
-    for output in outputs:
-        rows = piece_rows(output.piece, tensors[output.piece.source])
-        data = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
-        digests[output.piece.target] = hashlib.sha256(data).hexdigest()
-        yield output.piece.target, data
-
-
-def piece_rows(piece: Piece, tensor: Any) -> Any:
-    """The rows of the piece, a view of the source unless they are normalised."""
-    rows = tensor[piece.start : piece.stop]
-    return normalized(rows) if piece.normalize_rows else rows
-
-
-def normalized(rows: Any) -> Any:
-    """Each row divided by its L2 norm, computed in float32 a few thousand rows at a time, in the source's dtype."""
-    import torch
-
-    result = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = rows[start : start + ROWS_AT_ONCE].float()
-        result[start : start + ROWS_AT_ONCE] = torch.nn.functional.normalize(part, dim=-1, eps=NORM_EPS)
-    return result
-
-
-def finish(
-    layout: ModuleType,
-    config: dict[str, Any],
-    work: Manifest,
-    source: Path,
-    partial: Path,
-    target: Path,
-    report: Report,
-) -> None:
-    """Write everything but the weights, verify the whole, write the marker, and give the folder its name."""
-    from finetune.checkpoint.small_files import write_index, write_json, write_small_files
-
-    write_index(work, partial)
-    write_small_files(layout, config, main_dtype(work), source, partial)
-    notices.write_notices(layout, source, partial)
-    facts = verify.check_checkpoint(layout, work, source, partial, report)
-    for path in partial.iterdir():
+def finish(job: Job, work: Manifest) -> None:
+    """Verify the weights as a whole, write the marker, and give the folder its name."""
+    num_parameters = verify.check_weights(work, job.partial)
+    write_json(job.partial / MARKER, marker(job, work) | {"num_parameters": num_parameters})
+    for path in job.partial.iterdir():
         path.chmod(0o644)
-    marker = verify.marker(layout, config, work, source) | facts
-    write_json(partial / (MARKER + ".tmp"), marker)
-    (partial / (MARKER + ".tmp")).rename(partial / MARKER)
-    manifest.sync_folder(partial)
-    os.rename(partial, target)
-    manifest.sync_folder(target.parent)
-    (target / manifest.MANIFEST).unlink()  # last: until here a restart needs it when source files are gone
-    report(f"converted {source} -> {target}: {facts['num_parameters']:,} parameters, {layout.ARCHITECTURE}")
+        manifest.sync(path)
+    manifest.sync(job.partial)
+    os.rename(job.partial, job.target)
+    manifest.sync(job.target.parent)
+    (job.target / manifest.MANIFEST).unlink()  # last: until here a restart needs it when source files are gone
+    job.report(f"converted {job.source} -> {job.target}: {num_parameters:,} parameters, {job.layout.ARCHITECTURE}")
 
 
-def main_dtype(work: Manifest) -> str:
-    """torch name of the dtype that most bytes have."""
-    sizes: dict[str, int] = {}
-    for output in (o for unit in work.units for o in unit.outputs):
-        sizes[output.dtype] = sizes.get(output.dtype, 0) + output.size
-    return DTYPES[max(sizes, key=lambda dtype: sizes[dtype])][1]
+def marker(job: Job, work: Manifest) -> dict[str, Any]:
+    """What conversion.json says: the source, the layout, and what training has to know about the model."""
+    import transformers
+
+    from finetune.checkpoint.layouts import download_record
+
+    return {
+        "format": 1,
+        "layout": job.layout.NAME,
+        "architecture": job.layout.ARCHITECTURE,
+        "norm_head": job.layout.NORM_HEAD,
+        "source": job.source.name,
+        "download": download_record(job.source),
+        "source_config": job.config,
+        "files": {unit.file: unit.digests for unit in work.units},
+        "transformers": transformers.__version__,
+    }

@@ -23,7 +23,7 @@ def peak_bytes(manifest: Manifest, keep_original: bool, same_filesystem: bool) -
 
 
 def check_free(folder: Path, needed: int, purpose: str, advice: str) -> None:
-    """Raise UserError unless the disk of folder, or of its nearest existing parent, has `needed` bytes and a reserve."""
+    """Raise UserError unless the disk of folder, or of its nearest existing parent, has `needed` bytes and a rest."""
     place = existing_parent(folder)
     free = shutil.disk_usage(place).free
     if free < needed + RESERVE_BYTES:

@@ -45,7 +45,7 @@ def detect_layout(config: dict[str, Any]) -> ModuleType | None:
     if layout is None:
         if not is_native(model_type):
             raise UserError(
-                f"config.json has model_type {model_type!r}, expected one that transformers knows, or qwen or baichuan: "
+                f"config.json has model_type {model_type!r}, expected qwen, baichuan or one that transformers knows: "
                 "this model needs its own remote code, which this project does not run."
             )
         return None

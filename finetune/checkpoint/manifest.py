@@ -6,6 +6,7 @@ goes on from it, also when verified source files have been removed meanwhile.
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,10 +32,7 @@ class Output:
     @property
     def size(self) -> int:
         """Bytes of the data."""
-        size = DTYPES[self.dtype][0]
-        for length in self.shape:
-            size *= length
-        return size
+        return DTYPES[self.dtype][0] * math.prod(self.shape)
 
 
 @dataclass
@@ -79,6 +77,11 @@ def plan(layout: ModuleType, config: dict[str, Any], folder: Path, stored: dict[
     return Manifest(layout.NAME, config, {file: (folder / file).stat().st_size for file in by_file}, units)
 
 
+def planned_shapes(work: Manifest) -> dict[str, tuple[int, ...]]:
+    """Target tensor -> shape, over all units."""
+    return {output.piece.target: output.shape for unit in work.units for output in unit.outputs}
+
+
 def cut(outputs: list[Output]) -> list[list[Output]]:
     """Consecutive groups of at most MAX_SHARD_BYTES (one tensor at least)."""
     groups: list[list[Output]] = [[]]
@@ -119,12 +122,12 @@ def save(manifest: Manifest, folder: Path) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
-    sync_folder(folder)
+    sync(folder)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in the folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

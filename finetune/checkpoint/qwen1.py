@@ -7,6 +7,7 @@ max_position_embeddings is therefore seq_length, and within it the two are the s
 """
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from finetune.checkpoint.pieces import Piece, split_in_three
@@ -17,7 +18,6 @@ TITLE = "Qwen-1"
 ARCHITECTURE = "Qwen2ForCausalLM"
 NORM_HEAD = False
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.logn_tensor")
-TOKENIZER_FILE = "qwen.tiktoken"
 ATTRIBUTION = (
     "Tongyi Qianwen is licensed under the Tongyi Qianwen {kind}, Copyright (c) Alibaba Cloud. All Rights Reserved."
 )
@@ -139,9 +139,22 @@ def native_config(config: dict[str, Any], dtype: str, token_ids: dict[str, int])
 
 def generation_config(source: dict[str, Any], token_ids: dict[str, int]) -> dict[str, Any]:
     """The source's own sampling settings; stops are those of its chat(): <|im_end|>, <|endoftext|>, <|im_start|>."""
+    for key in ("eos_token_id", "pad_token_id"):
+        if source.get(key, token_ids["<|endoftext|>"]) not in token_ids.values():
+            raise UserError(
+                f"generation_config.json has {key} {source[key]}, but in qwen.tiktoken the special tokens are "
+                f"{min(token_ids.values())}..{max(token_ids.values())}: one of the two is damaged. Download both again."
+            )
     stops = [token_ids[token] for token in ("<|im_end|>", "<|endoftext|>", "<|im_start|>")]
     kept = {key: value for key, value in source.items() if key != "transformers_version"}
     return kept | {"eos_token_id": stops, "pad_token_id": token_ids["<|endoftext|>"]}
+
+
+def tokenizer() -> ModuleType:
+    """The module that converts its tokenizer."""
+    from finetune.checkpoint import tokenizer_qwen1
+
+    return tokenizer_qwen1
 
 
 def attribution(folder: Path) -> str:

@@ -19,7 +19,9 @@ SPACE = "\u2581"
 
 
 def read_model(path: Path) -> Any:
-    """The parsed sentencepiece model. Raises UserError if it is damaged or has not Baichuan2's options."""
+    """The parsed sentencepiece model. Raises UserError if it is missing, damaged or without Baichuan2's options."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: it is the vocabulary. Run the download step again.")
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 

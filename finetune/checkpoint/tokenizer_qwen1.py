@@ -22,7 +22,9 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Byte string -> rank. Raises UserError on a damaged file."""
+    """Byte string -> rank. Raises UserError on a missing or damaged file."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: it is the vocabulary. Run the download step again.")
     try:
         lines = path.read_bytes().splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}

@@ -1,8 +1,8 @@
 """What must hold before a conversion is called finished: data on disk, names and shapes, sizes, token ids."""
 
 import hashlib
+import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,28 +48,15 @@ def digest_of(stream: Any, start: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def check_checkpoint(
-    layout: ModuleType, work: Manifest, source: Path, target: Path, report: Callable[[str], None]
-) -> dict[str, Any]:
-    """Verify the whole folder; returns facts for the marker. Raises VerificationError."""
-    places = tensor_places(target)
-    check_against_class({name: place.shape for name, place in places.items()}, target)
+def check_weights(work: Manifest, target: Path) -> int:
+    """Compare the weight files with the plan and the model class; returns the number of parameters."""
+    shapes = {name: place.shape for name, place in tensor_places(target).items()}
+    check_against_class(shapes, target)
     check_bytes(work, target)
-    num_texts = check_tokenizer(layout, source, target)
-    num_parameters = sum(count(place.shape) for place in places.values())
-    report(f"verified: {len(places)} tensors, {num_parameters:,} parameters, token ids of {num_texts} texts")
-    return {"num_parameters": num_parameters, "num_texts_checked": num_texts}
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
-def count(shape: tuple[int, ...]) -> int:
-    """Number of elements."""
-    elements = 1
-    for length in shape:
-        elements *= length
-    return elements
-
-
-def check_against_class(written: dict[str, tuple[int, ...]], target: Path) -> None:
+def check_against_class(shapes: dict[str, tuple[int, ...]], target: Path) -> None:
     """Compare names and shapes with those of the model class, built from config.json without memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -77,12 +64,12 @@ def check_against_class(written: dict[str, tuple[int, ...]], target: Path) -> No
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    differing = sorted(name for name in expected.keys() | written.keys() if expected.get(name) != written.get(name))
+    differing = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if differing:
         name = differing[0]
         raise VerificationError(
             f"{len(differing)} tensors differ from {type(model).__name__}, first {name}: "
-            f"expected {expected.get(name)}, wrote {written.get(name)}."
+            f"expected {expected.get(name)}, got {shapes.get(name)}."
         )
 
 
@@ -102,32 +89,11 @@ def check_tokenizer(layout: ModuleType, source: Path, target: Path) -> int:
     """Compare the ids AutoTokenizer gives with the published tokenizer's on every probe text; returns their number."""
     from transformers import AutoTokenizer
 
-    from finetune.checkpoint.small_files import TOKENIZERS
-
     texts = probe_texts()
     tokenizer = AutoTokenizer.from_pretrained(target)
-    expected = TOKENIZERS[layout.NAME].reference_ids(source, texts)
+    expected = layout.tokenizer().reference_ids(source, texts)
     for text, ids in zip(texts, expected, strict=True):
         found = tokenizer(text, add_special_tokens=False)["input_ids"]
         if found != ids:
             raise VerificationError(f"the converted tokenizer differs on {text!r}: expected {ids}, got {found}.")
     return len(texts)
-
-
-def marker(layout: ModuleType, config: dict[str, Any], work: Manifest, source: Path) -> dict[str, Any]:
-    """What conversion.json says: the source, the layout, and what training has to know about the model."""
-    import transformers
-
-    from finetune.checkpoint.layouts import download_record
-
-    return {
-        "format": 1,
-        "layout": layout.NAME,
-        "architecture": layout.ARCHITECTURE,
-        "norm_head": layout.NORM_HEAD,
-        "source": source.name,
-        "download": download_record(source),
-        "source_config": config,
-        "files": {unit.file: unit.digests for unit in work.units},
-        "transformers": transformers.__version__,
-    }
