@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,13 @@ def find_cards() -> list[Card]:
         return []
     rows = [line.split(", ") for line in text.decode().splitlines()]
     return [Card(int(index), name, int(memory), driver) for index, name, memory, driver in rows]
+
+
+def cuda_version() -> str:
+    """The newest CUDA version the driver supports, from the head of nvidia-smi's table."""
+    text = subprocess.run(["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60).stdout.decode()
+    match = re.search(r"CUDA[A-Z ]* Version: *([0-9.]+)", text)
+    return match[1] if match else "unknown"
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.settings import read_example  # noqa: E402
 from scripts.step_process import run_and_wait, supervise  # noqa: E402
 from scripts.step_state import StepError, StepState, last_lines  # noqa: E402
 from scripts.step_watch import advice, follow_log, outcome, show_status, stop  # noqa: E402
@@ -52,6 +53,9 @@ def step_variables(name: str, environment: str | None) -> dict[str, str]:
     variables = dict(os.environ)
     for switch in ("BG", "DRY_RUN"):  # a step that calls make itself must not detach its own steps
         variables.pop(switch, None)
+    for key in read_example():  # empty means not set; an empty HF_ENDPOINT or CUDA_VISIBLE_DEVICES means something else
+        if not variables.get(key):
+            variables.pop(key, None)
     if environment is None:
         return variables
     folder = Path(environment).absolute()

@@ -1,0 +1,150 @@
+"""Look at this machine before anything is paid for: one line a finding, ok, warn or FAIL, and what to do.
+
+    python3 scripts/doctor.py [--net]      # make doctor [NET=1]
+
+Reads `.env` and asks nvidia-smi, /proc and the disks; changes nothing. Exit status 1 when a line says FAIL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Tuple
+from urllib.parse import urlparse
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts import settings  # noqa: E402
+from scripts.environment import OLDEST_DRIVER  # noqa: E402
+from scripts.nvidia import NONE_FOUND, cuda_version, find_cards  # noqa: E402
+from scripts.package_install import EnvironmentFailed, choose_manager, find_python  # noqa: E402
+
+# What the steps write below each setting, in GB (10^9 bytes), for Qwen-14B-Chat: its 14.17e9 parameters in 16 bits are
+# 28.3 GB, once as downloaded, once converted, once merged; a rank-64 adapter has 0.223e9 parameters, and a checkpoint
+# holds them and Adam's two moments in 32 bits (2.7 GB), two at a time while one replaces the other.
+DISK_GB = {"BASE_MODEL_DIR": 28.3, "QWEN_MODEL_DIR": 28.3, "QWEN_OUTPUT_DIR": 6.3, "QWEN_MERGED_DIR": 28.3}
+# Conversion and merge hold less than this.
+MEMORY_GB = 6
+Finding = Tuple[str, str, str]  # level, subject, text
+
+
+def check_settings() -> list[Finding]:
+    """The settings, put into the environment for the other checks."""
+    try:
+        settings.load()
+    except settings.SettingsError as error:
+        return [("FAIL", "settings", str(error))]
+    if not (ROOT / ".env").exists():
+        return [("warn", "settings", "no .env yet: cp .env.example .env, and edit it")]
+    return [("ok", "settings", ".env is well-formed (make config shows the values)")]
+
+
+def check_cards() -> list[Finding]:
+    cards = find_cards()
+    if not cards:
+        return [("warn", "card", NONE_FOUND)]
+    found = []
+    for card in cards:
+        gib = card.memory_mib / 1024
+        text = f"{card.index}: {card.name}, {gib:.0f} GiB, driver {card.driver}"
+        hint = "" if gib >= 40 else f"; the walkthrough has 48 GB: make qwen-plan tells what fits into {gib:.0f} GiB"
+        found.append(("warn" if hint else "ok", "card", text + hint))
+    found.append(("ok", "driver", f"{cards[0].driver}, CUDA {cuda_version()}"))
+    if int(cards[0].driver.split(".")[0]) < OLDEST_DRIVER and not os.environ.get("TORCH_INDEX_URL"):
+        text = f"{cards[0].driver} is older than {OLDEST_DRIVER}: set TORCH_INDEX_URL to PyTorch's cu126 wheel index"
+        found.append(("FAIL", "driver", text))
+    return found
+
+
+def check_memory(
+    meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")
+) -> list[Finding]:
+    """Memory of the machine, or of the container where that is less."""
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    total = int(fields["MemTotal"].split()[0]) * 1024
+    if limit.exists() and limit.read_text().strip().isdigit():
+        total = min(total, int(limit.read_text()))
+    level, hint = ("ok", "") if total > MEMORY_GB * 1e9 else ("warn", f"; converting a 14B model takes {MEMORY_GB} GB")
+    return [(level, "memory", f"{total / 1e9:.0f} GB{hint}")]
+
+
+def check_disks() -> list[Finding]:
+    """Free space of every disk the settings name, against what the steps still have to write there."""
+    wanted: dict[int, tuple[Path, list[str]]] = {}
+    for key in DISK_GB:
+        if os.environ.get(key):
+            place = _existing_parent(Path(os.environ[key]))
+            wanted.setdefault(place.stat().st_dev, (place, []))[1].append(key)
+    too_little = "FAIL" if os.environ.get("QWEN_MODEL_ID", "").endswith("Qwen-14B-Chat") else "warn"
+    found = []
+    for place, keys in wanted.values():
+        need = sum(DISK_GB[key] for key in keys if not _has_files(Path(os.environ[key])))
+        free = shutil.disk_usage(place).free / 1e9
+        text = f"{place}: {free:.0f} GB free, Qwen-14B-Chat takes {need:.0f} GB more ({', '.join(keys)})"
+        if free < need and "BASE_MODEL_DIR" in keys:
+            text += ". KEEP_ORIGINAL=0 saves one copy of the model"
+        found.append(("ok" if free >= need else too_little, "disk", text))
+    return found
+
+
+def _existing_parent(path: Path) -> Path:
+    return path if path.exists() else _existing_parent(path.absolute().parent)
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether weights lie in the folder or one below it (the model id)."""
+    return any(folder.glob("**/*.safetensors")) or any(folder.glob("**/*.bin"))
+
+
+def check_python() -> list[Finding]:
+    """What makes the environments, and which of them are there."""
+    try:
+        kind, program = choose_manager()
+    except EnvironmentFailed as error:
+        return [("FAIL", "python", str(error))]
+    python = find_python()
+    usable = python or kind != "venv"
+    text = f"environments are made with {kind} ({program if kind != 'venv' else python})"
+    found = [
+        ("ok", "python", text) if usable else ("FAIL", "python", "no Python 3.11 to 3.13 with venv, no conda, no uv")
+    ]
+    for name in ("modelscope_env", "qwen_env"):
+        folder = Path(os.environ.get("ENVS_DIR", "")) / name
+        there = os.environ.get("ENVS_DIR") and (folder / "requirements.sha256").exists()
+        target = name.replace("_", "-")
+        found.append(("ok", name, str(folder)) if there else ("warn", name, f"not there yet: make {target}"))
+    return found
+
+
+def check_net() -> list[Finding]:
+    """Whether the hub answers on its port."""
+    is_modelscope = os.environ.get("SOURCE", "modelscope") == "modelscope"
+    key, public = ("MODELSCOPE_ENDPOINT", "modelscope.cn") if is_modelscope else ("HF_ENDPOINT", "huggingface.co")
+    url = urlparse(os.environ.get(key) or f"https://{public}")
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
+    except OSError as error:
+        return [
+            ("FAIL", "net", f"{url.netloc} does not answer ({error}). Another hub or mirror: SOURCE, {key} in .env")
+        ]
+    return [("ok", "net", f"{url.netloc} answers")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", action="store_true", help="also try to reach the hub that SOURCE names")
+    arguments = parser.parse_args()
+    findings = [*check_settings(), *check_cards(), *check_memory(), *check_disks(), *check_python()]
+    findings += check_net() if arguments.net else []
+    for level, subject, text in findings:
+        print(f"{level:<5} {subject:<15} {text}")
+    return 1 if any(level == "FAIL" for level, _, _ in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
