@@ -37,7 +37,7 @@ def end_of_answer_id(model: Any, tokenizer: Any) -> int:
 
 def candidate_ids(tokenizer: Any, text: str, end_id: int) -> list[int]:
     """Token ids of an answer and its end token."""
-    return [*tokenizer.encode(text, add_special_tokens=False), end_id]
+    return [*tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], end_id]
 
 
 def _token_scores(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

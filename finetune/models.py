@@ -1,6 +1,7 @@
 """Load a model for inference: a base or merged checkpoint, an adapter on its base, in 16 bit, 32 bit or NF4."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -87,5 +88,7 @@ def load_for_inference(
     if adapter_name_or_path is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(adapter_name_or_path))
+        with warnings.catch_warnings():  # of peft's own use of a name that transformers renamed
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            model = PeftModel.from_pretrained(model, str(adapter_name_or_path))
     return model.eval(), load_tokenizer(folder)

@@ -18,7 +18,8 @@ def wilson_interval(hits: int, total: int, z: float = Z_95) -> tuple[float, floa
     share, spread = hits / total, z * z / total
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # exact at the ends, where centre and half are equal but for rounding
+    return (centre - half if hits else 0.0), (centre + half if hits < total else 1.0)
 
 
 def confusion_matrix(golds: Sequence[str], predictions: Sequence[str]) -> Confusion:

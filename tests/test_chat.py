@@ -1,0 +1,148 @@
+"""The terminal chat: its conversation logic alone, then the real program in a pipe and on a pseudo-terminal."""
+
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from finetune.chat import Chat, fit_history, print_reply
+from finetune.errors import UserError
+
+WORDS = {"encode": lambda messages: [1] * sum(len(m["content"]) for m in messages)}
+
+
+def turns(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("room", "system", "dropped"),
+    [(100, None, 0), (9, None, 0), (8, None, 2), (5, None, 2), (4, None, 4), (1, None, 4), (8, "s", 2), (5, "s", 4)],
+)
+def test_the_oldest_turns_go_first(room, system, dropped):
+    history = turns("aa", "bb", "cc", "dd", "e")  # 9 tokens with one token a letter
+    assert fit_history(history, system, lambda m: sum(len(x["content"]) for x in m), room) == dropped
+
+
+def test_a_conversation_remembers_and_forgets(capsys):
+    asked = []
+
+    def answer(ids):
+        asked.append(len(ids))
+        yield from ("re", "ply")
+
+    chat = Chat(**WORDS, answer=answer, room=20)
+    assert list(chat.ask("four")) == ["re", "ply"]
+    assert list(chat.ask("x")) == ["re", "ply"]
+    assert asked == [4, 4 + 5 + 1]
+    assert chat.command("/system Be kind.") and chat.system == "Be kind." and chat.history == []
+    list(chat.ask("x"))
+    assert asked[-1] == len("Be kind.x")
+    assert chat.command("/system") and chat.system is None
+    assert chat.command("/help") and "/reset" in capsys.readouterr().err
+    assert not chat.command("/exit")
+
+
+def test_dropped_turns_are_announced_and_a_long_question_is_refused(capsys):
+    chat = Chat(**WORDS, answer=lambda ids: iter(["12345"]), room=10)
+    list(chat.ask("abcde"))
+    list(chat.ask("abc"))
+    assert "oldest 1 turns were dropped" in capsys.readouterr().err
+    assert [m["content"] for m in chat.history] == ["abc", "12345"]
+    with pytest.raises(UserError, match="11 tokens, 10 fit"):
+        list(chat.ask("a" * 11))
+    assert chat.messages()[-1]["content"] != "a" * 11
+
+
+def test_an_interrupted_reply_enters_the_history_as_far_as_it_was_said(capsys):
+    def answer(ids):
+        yield "half"
+        raise KeyboardInterrupt
+
+    chat = Chat(**WORDS, answer=answer, room=100)
+    print_reply(chat.ask("question"))
+    assert chat.history == turns("question", "half")
+    assert capsys.readouterr().out == "half\n"
+
+
+@pytest.fixture(scope="module")
+def endless_qwen(tiny_qwen, tmp_path_factory):
+    """The tiny model without its usual end tokens, so that a reply lasts as long as it may."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(tiny_qwen, folder)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        unlikely = {"generation_config.json": 2276, "tokenizer_config.json": "<|extra_204|>"}[name]
+        settings.update({"eos_token_id": [unlikely]} if isinstance(unlikely, int) else {"eos_token": unlikely})
+        (folder / name).write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def command(folder, *arguments):
+    return [sys.executable, "-m", "finetune.chat", "--model_name_or_path", str(folder), *arguments]
+
+
+def test_one_reply_a_line_through_a_pipe(endless_qwen):
+    lines = "你好\n/system 你是医生\n你好\n/reset\n\n你好\n".encode() + b"\xff\n"
+    done = subprocess.run(
+        command(endless_qwen, "--temperature", "0", "--max_new_tokens", "6"),
+        input=lines,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    replies = done.stdout.decode().splitlines()
+    assert len(replies) == 4 and all(replies)
+    assert replies[1] == replies[2], "/reset keeps the system text"
+    assert replies[0] != replies[1]
+
+
+class Terminal:
+    """A program on a pseudo-terminal, typed at and read as a person would."""
+
+    def __init__(self, arguments):
+        self.process, self.fd = pty.fork()
+        if self.process == 0:
+            os.execv(arguments[0], arguments)
+        self.seen = ""
+
+    def wait_for(self, text, timeout=120):
+        """Read until `text` comes behind what was waited for before."""
+        end = time.monotonic() + timeout
+        while text not in self.seen:
+            assert select.select([self.fd], [], [], end - time.monotonic())[0], f"no {text!r} in {self.seen!r}"
+            self.seen += os.read(self.fd, 65536).decode(errors="replace")
+        before, self.seen = self.seen.split(text, 1)
+        return before
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def status(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+
+def test_ctrl_c_stops_the_reply_and_not_the_program(endless_qwen):
+    terminal = Terminal(command(endless_qwen, "--max_new_tokens", "1900", "--temperature", "0"))
+    terminal.wait_for("/help lists the commands.")
+    terminal.wait_for("> ")
+    terminal.type("你好\n")
+    terminal.wait_for("\n")  # the echoed question
+    while len(terminal.seen) < 5:  # the reply has begun
+        terminal.seen += os.read(terminal.fd, 4096).decode(errors="replace")
+    terminal.type("\x03")
+    assert terminal.wait_for("(stopped)")
+    terminal.wait_for("> ")
+    terminal.type("/system 你是医生\n")
+    terminal.wait_for("system text: 你是医生")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("(/exit or Ctrl-D leaves)")
+    terminal.type("\x04")
+    assert terminal.status() == 0
