@@ -1,0 +1,77 @@
+"""Graphics cards by name: memory, bf16 product rate, links. For plans about cards one does not have yet, and for the share of the peak.
+
+Rates are the makers' dense figures with 32-bit accumulation; where a card has no bf16 (V100, T4) it is the fp16 one.
+"""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+# One H100 SXM measured 784-794 TFLOP/s in an 8192-cubed bf16 product, 0.79 of the datasheet's 989; taken for every card.
+REACHABLE_SHARE = 0.79
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One card: memory in GiB as the driver reports it, peak in TFLOP/s, link to the next card in GB/s each way."""
+
+    name: str
+    memory_gib: float
+    peak_tflops: float
+    link_gb_per_second: float
+    has_bf16: bool = True
+
+    @property
+    def reachable_flops(self) -> float:
+        """FLOP/s of a large bf16 product on this card."""
+        return self.peak_tflops * 1e12 * REACHABLE_SHARE
+
+
+# Sources: NVIDIA datasheets of each card ("Tensor core, BF16, dense"); links: NVLink per direction, else PCIe 3/4/5 x16.
+# GeForce and workstation Ada: appendix tables of NVIDIA's Ada and Ampere GA102 whitepapers (FP16 with FP32 accumulate).
+GPUS = (
+    Gpu("H200", 139.8, 989.0, 450),
+    Gpu("H100-80G", 79.2, 989.0, 450),
+    Gpu("H100-PCIE-80G", 79.2, 756.0, 64),
+    Gpu("H800-80G", 79.2, 989.0, 200),
+    Gpu("H20-96G", 95.1, 148.0, 450),
+    Gpu("A100-80G", 79.2, 312.0, 300),
+    Gpu("A100-40G", 39.4, 312.0, 300),
+    Gpu("A800-80G", 79.2, 312.0, 200),
+    Gpu("L40S", 44.4, 362.0, 32),
+    Gpu("L40", 44.4, 181.0, 32),
+    Gpu("L20", 44.5, 119.5, 32),
+    Gpu("A40", 44.4, 149.7, 56),
+    Gpu("A6000", 47.4, 154.8, 56),
+    Gpu("A10", 22.0, 125.0, 32),
+    Gpu("RTX-5090", 31.4, 209.5, 64),
+    Gpu("RTX-4090", 23.5, 165.2, 32),
+    Gpu("RTX-3090", 23.6, 71.0, 56),
+    Gpu("V100-32G", 31.7, 125.0, 150, has_bf16=False),
+    Gpu("V100-16G", 15.8, 125.0, 150, has_bf16=False),
+    Gpu("T4", 14.6, 65.0, 16, has_bf16=False),
+)
+
+
+def _letters(name: str) -> str:
+    return "".join(character for character in name.upper() if character.isalnum())
+
+
+def named_gpu(name: str) -> Gpu | None:
+    """The card of a short name as people write it: A100-80G, a100 80gb, 4090, H100."""
+    wanted = _letters(name).replace("NVIDIA", "").replace("GEFORCE", "").replace("GB", "G").replace("RTX", "")
+    exact = [gpu for gpu in GPUS if _letters(gpu.name).replace("RTX", "") == wanted]
+    started = [gpu for gpu in GPUS if _letters(gpu.name).replace("RTX", "").startswith(wanted)]
+    return next(iter(exact + started), None) if wanted else None
+
+
+def found_gpu(device_name: str, memory_gib: float) -> Gpu | None:
+    """The card a driver calls `device_name` ("NVIDIA A100-SXM4-80GB"), the one of nearest memory where there are several."""
+    words = _letters(device_name)
+    models = [gpu for gpu in GPUS if _letters(gpu.name.removeprefix("RTX-").partition("-")[0]) in words]
+    if "PCIE" in words and any("PCIE" in gpu.name for gpu in models):
+        models = [gpu for gpu in models if "PCIE" in gpu.name]
+    else:
+        models = [gpu for gpu in models if "PCIE" not in gpu.name]
+    longest = max((len(gpu.name.partition("-")[0]) for gpu in models), default=0)
+    models = [gpu for gpu in models if len(gpu.name.partition("-")[0]) == longest]
+    return min(models, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)

@@ -1,0 +1,167 @@
+"""How much memory a training step takes, by part: pure arithmetic over the model's shape, no torch.
+
+Parameters P are counted from the shape. Bytes per part, T tokens in a micro-batch, h hidden, f feed-forward, L layers:
+
+- QLoRA: NF4 weights 0.516 bytes each (4 bits, one byte of scale per 64, one float per 16,384), embedding and head 16-bit.
+- Full: 2 P weights, 2 P gradients, 8 P AdamW moments in 16 bits (one card) or 12 P with 32-bit master weights (DeepSpeed).
+- A layer kept for the backward pass: 2 T (6 h + 2 kv + 3 f); a recomputed one: 2 T h, plus one layer at a time while it is redone.
+
+Measured on an H100 with the 14B and 7.5B shapes these sums are within 3 % (tests/test_plan.py has the table).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import UserError
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+HALF_BYTES = 2
+ADAM_STATE_BYTES = 8  # two moments, 32 bits each
+LOSS_CHUNK_ROWS = 1024  # supervised positions whose logits exist at once
+LOSS_CHUNK_BYTES = 6  # their logits in 16 bits and in 32
+BUCKET_ELEMENTS = 200_000_000  # gradients or parameters in one DeepSpeed transfer
+LIVE_PARAMETERS = 1_000_000_000  # most that ZeRO-3 keeps gathered (stage3_max_live_parameters)
+STAGES = ("none", "1", "2", "3", "2-offload", "3-offload")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of the Llama/Qwen2 kind."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    feed_forward: int
+    vocabulary: int
+    has_tied_head: bool = False
+    has_qkv_bias: bool = False
+
+    @property
+    def projections(self) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of a layer's seven projections: q, k, v, o, gate, up, down."""
+        q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
+        h, f = self.hidden, self.feed_forward
+        return ((h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h))
+
+    @property
+    def projection_parameters(self) -> int:
+        """Weights of the projections of all layers."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.projections)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding, and of the head where it has its own."""
+        return self.vocabulary * self.hidden * (1 if self.has_tied_head else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All weights: projections, biases, norms, embedding, head."""
+        bias = (self.heads + 2 * self.kv_heads) * self.head_size if self.has_qkv_bias else 0
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.projection_parameters + self.layers * bias + norms + self.embedding_parameters
+
+    @property
+    def product_parameters(self) -> int:
+        """Weights that every token is multiplied with: projections and head."""
+        return self.projection_parameters + self.vocabulary * self.hidden
+
+    @property
+    def kept_bytes_per_token(self) -> int:
+        """Activations that one layer keeps for its backward pass, 16 bits each."""
+        q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
+        return HALF_BYTES * (4 * self.hidden + 2 * q + 2 * kv + 3 * self.feed_forward)
+
+    def lora_parameters(self, rank: int) -> int:
+        """Weights of A and B on all seven projections."""
+        return self.layers * sum(rank * (inputs + outputs) for inputs, outputs in self.projections)
+
+
+# Published configurations, so that a plan needs no download: config.json of Qwen/Qwen-14B-Chat, Qwen-7B-Chat,
+# Qwen-1_8B-Chat (their intermediate_size is twice the width of gate and up) and baichuan-inc/Baichuan2-7B-Chat.
+KNOWN_SHAPES = {
+    "qwen-14b": Shape(5120, 40, 40, 40, 128, 13696, 152064, has_qkv_bias=True),
+    "qwen-7b": Shape(4096, 32, 32, 32, 128, 11008, 151936, has_qkv_bias=True),
+    "qwen-1_8b": Shape(2048, 24, 16, 16, 128, 5504, 151936, has_qkv_bias=True),
+    "baichuan2-7b": Shape(4096, 32, 32, 32, 128, 11008, 125696),
+}
+
+
+def shape_of_config(config: Mapping[str, Any]) -> Shape:
+    """Shape of a config.json: native (Qwen2, Llama, ...) or the original Qwen-1 and Baichuan2 layouts.
+
+    Raises UserError when it describes no decoder of this kind.
+    """
+    try:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        is_qwen1 = config.get("model_type") == "qwen"
+        return Shape(
+            hidden=hidden,
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_size=config.get("head_dim") or hidden // heads,
+            feed_forward=config["intermediate_size"] // (2 if is_qwen1 else 1),
+            vocabulary=config["vocab_size"],
+            has_tied_head=bool(config.get("tie_word_embeddings", False)),
+            has_qkv_bias=is_qwen1 or config.get("model_type") == "qwen2" or bool(config.get("attention_bias")),
+        )
+    except KeyError as missing:
+        raise UserError(f"config.json: expected a decoder of the Llama kind, found no {missing}.") from None
+
+
+def _activations(shape: Shape, tokens: int, layers_kept: int) -> dict[str, float]:
+    """Bytes of one micro-batch. `layers_kept` layers keep everything, the others are recomputed one at a time."""
+    recomputed = shape.layers - layers_kept
+    working = tokens * shape.kept_bytes_per_token if recomputed else 0
+    inputs = recomputed * tokens * shape.hidden * HALF_BYTES
+    largest_weight = max(a * b for a, b in shape.projections) * HALF_BYTES
+    return {
+        "activations": layers_kept * tokens * shape.kept_bytes_per_token + inputs + max(working, largest_weight),
+        "logits": LOSS_CHUNK_ROWS * shape.vocabulary * LOSS_CHUNK_BYTES,
+    }
+
+
+def qlora_memory(
+    shape: Shape, lora_rank: int, tokens: int, layers_kept: int, lora_bytes: int, optimizer_bytes: int, gpus: int = 1
+) -> dict[str, float]:
+    """Bytes per card of a QLoRA step, by part. `lora_bytes` each for a LoRA weight and its gradient, `optimizer_bytes` of state."""
+    lora = shape.lora_parameters(lora_rank)
+    rest = shape.parameters - shape.projection_parameters
+    return {
+        "weights": shape.projection_parameters * NF4_BYTES + rest * HALF_BYTES + lora * lora_bytes,
+        "gradients": lora * lora_bytes,
+        "optimizer": lora * optimizer_bytes,
+        **_activations(shape, tokens, layers_kept),
+        "buffers": 2 * lora * lora_bytes if gpus > 1 else 0,
+    }
+
+
+def full_memory(shape: Shape, stage: str, gpus: int, tokens: int, layers_kept: int) -> dict[str, float]:
+    """Bytes per card of a full-parameter step with a DeepSpeed stage (one of STAGES), by part."""
+    p = shape.parameters
+    level = int(stage[0]) if stage[0].isdigit() else 0
+    offload = stage.endswith("offload")
+    weights = HALF_BYTES * p / (gpus if level == 3 else 1)
+    gradients = HALF_BYTES * p / (gpus if level >= 2 else 1)
+    optimizer = ADAM_STATE_BYTES / 2 * p if level == 0 else 12 * p / gpus
+    if offload:
+        weights, gradients, optimizer = (0 if level == 3 else weights), 0, 0
+    live = HALF_BYTES * min(p, LIVE_PARAMETERS) if level == 3 else 0
+    buckets = 2 * HALF_BYTES * min(p, BUCKET_ELEMENTS) if level else 0
+    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+    return {**parts, **_activations(shape, tokens, layers_kept), "buffers": buckets + live}
+
+
+def host_memory(shape: Shape, stage: str) -> float:
+    """Bytes of main memory that offloading needs on the whole machine: master weights, moments and gradients, weights for stage 3."""
+    if not stage.endswith("offload"):
+        return 0.0
+    return shape.parameters * (12 + HALF_BYTES + (HALF_BYTES if stage.startswith("3") else 0))
+
+
+def total(parts: Mapping[str, float]) -> float:
+    """Sum of the parts, bytes."""
+    return sum(parts.values())

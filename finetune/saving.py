@@ -1,0 +1,192 @@
+"""Checkpoints on disk: written aside, marked complete last, renamed; the newest complete one is found again.
+
+    OUTPUT_DIR/checkpoint-500/     one checkpoint, complete.json last
+    OUTPUT_DIR/final/              the trained adapter or model, complete.json last
+    OUTPUT_DIR/.saving/            what is being written now; left behind only by a crash and removed by the next start
+
+`complete.json` of a checkpoint names the run it belongs to (base model, data, rows of an update, ...), so that a folder is
+never continued with another experiment by accident.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+
+MARKER = "complete.json"
+ASIDE = ".saving"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+# How each part of a run's identity is called in a message.
+WORDS = {
+    "base_model": "base model",
+    "train_data": "training data",
+    "rows_per_update": "rows per update",
+    "optim": "optimiser",
+}
+
+
+def checkpoint_dir(output_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of an update lies."""
+    return Path(output_dir) / f"checkpoint-{step}"
+
+
+def aside_dir(output_dir: str | Path) -> Path:
+    """Where checkpoints are while they are being written."""
+    return Path(output_dir) / ASIDE
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether the folder was finished: its marker is there and readable."""
+    return read_marker(folder) is not None
+
+
+def read_marker(folder: str | Path) -> dict[str, Any] | None:
+    """What was written when the folder was finished, or None."""
+    try:
+        return json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(written: str | Path, target: str | Path, record: dict[str, Any]) -> None:
+    """Finish a folder written aside: flush its files, write the marker, rename it to `target` (replacing a torn one)."""
+    written, target = Path(written), Path(target)
+    for path in written.rglob("*"):
+        if path.is_file():
+            _flush(path)
+    marker = written / MARKER
+    marker.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _flush(marker)
+    _flush(written)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(written, target)
+    _flush(target.parent)
+
+
+def clear_aside(output_dir: str | Path) -> None:
+    """Remove what a crash left half-written."""
+    shutil.rmtree(aside_dir(output_dir), ignore_errors=True)
+
+
+def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """(update, folder) of everything called a checkpoint, newest first, complete or not."""
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = CHECKPOINT_NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def newest_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """(newest complete checkpoint or None, a remark for each newer one that is torn)."""
+    remarks = []
+    for _, path in list_checkpoints(output_dir):
+        if is_complete(path):
+            return path, remarks
+        remarks.append(f"{path} is not complete (no readable {MARKER}): skipped")
+    return None, remarks
+
+
+def rotate(output_dir: str | Path, limit: int, best: str | Path | None = None) -> list[Path]:
+    """Remove complete checkpoints beyond the `limit` newest, never the best one, and torn ones. Returns what was removed.
+
+    Call it after the newest one is complete.
+    """
+    checkpoints = [path for _, path in list_checkpoints(output_dir)]
+    newest = [path for path in checkpoints if is_complete(path)][:limit]
+    kept = {path.resolve() for path in newest} | ({Path(best).resolve()} if best else set())
+    removed = [path for path in checkpoints if path.resolve() not in kept]
+    for path in removed:
+        # The marker goes first: a removal that is interrupted must not leave a folder that looks complete.
+        (path / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+    return removed
+
+
+def check_same_run(output_dir: str | Path, identity: dict[str, Any], names: dict[str, str]) -> None:
+    """Raises UserError when a complete checkpoint or final/ of another experiment lies in output_dir.
+
+    `names` are what a person calls those parts of the identity that are digests.
+    """
+    newest, _ = newest_checkpoint(output_dir)
+    for folder in (newest, Path(output_dir) / "final"):
+        marker = (read_marker(folder) or {}) if folder else {}
+        there, there_names = marker.get("identity", {}), marker.get("names", {})
+        differences = [
+            f"  {WORDS.get(key, key)}: {there_names.get(key, there[key])} there, {names.get(key, value)} now"
+            for key, value in identity.items()
+            if key in there and there[key] != value
+        ]
+        if differences:
+            listed = "\n".join(differences)
+            raise UserError(
+                f"{folder} belongs to another experiment:\n{listed}\n"
+                "Set these back to go on with it, or name another --output_dir (or remove the folder) to start anew."
+            )
+
+
+def checkpoint_bytes(trainable_parameters: int, weight_bytes: int, optimizer_bytes: int) -> int:
+    """Size of one checkpoint: weights that are trained and their optimiser state, and 20 MiB for the rest."""
+    return trainable_parameters * (weight_bytes + optimizer_bytes) + 20 * 2**20
+
+
+def disk_needed(one_checkpoint: int, one_final: int, limit: int, has_best: bool, existing: int = 0) -> int:
+    """Bytes that must be free: `limit` checkpoints, one more while the next is written, the best, final/; less what is there."""
+    return max(0, one_checkpoint * (limit + 1 + int(has_best) - existing)) + one_final
+
+
+def _existing_parent(path: Path) -> Path:
+    return path if path.exists() else _existing_parent(path.parent)
+
+
+def check_disk(output_dir: str | Path, needed: int) -> None:
+    """Raises UserError when less than `needed` bytes are free where output_dir lies (or will lie)."""
+    free = shutil.disk_usage(_existing_parent(Path(output_dir).absolute())).free
+    if free < needed:
+        raise UserError(
+            f"{output_dir}: the checkpoints of this run need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. "
+            "Free some disk, lower save_total_limit, or name an --output_dir on a larger disk."
+        )
+
+
+def free_host_memory() -> int | None:
+    """Bytes of main memory that can be taken now, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    values = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    return min(values["MemAvailable"], _container_limit())
+
+
+def _container_limit() -> int:
+    """Bytes that a container's limit leaves (cgroup version 2), or a number larger than any memory."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return 2**63
+
+
+def check_host_memory(needed: int, what: str) -> None:
+    """Raises UserError when less than `needed` bytes of main memory are free."""
+    free = free_host_memory()
+    if free is not None and free < needed:
+        raise UserError(
+            f"{what} needs {needed / 2**30:.1f} GiB of main memory, {free / 2**30:.1f} GiB are free. "
+            "End other programs or take a machine with more memory."
+        )

@@ -1,0 +1,148 @@
+"""How fast a card trains, estimated from arithmetic and two constants fitted to measured runs; no torch.
+
+A product with a weight costs 2 FLOP a parameter forward, 2 for the gradient of its input, 2 for that of the weight (full
+fine-tuning only), and 2 more where the layer is recomputed. Attention's own products are left out: rows are short.
+What a micro-batch costs whatever its size (dequantising, launches) is counted as OVERHEAD_TOKENS more tokens.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from finetune.gpus import Gpu
+from finetune.memory import (
+    HALF_BYTES,
+    STAGES,
+    Shape,
+    full_memory,
+    qlora_memory,
+    total,
+)
+
+# Fitted to the H100 runs of tests/test_plan.py: share of the card's reachable rate in QLoRA and in full fine-tuning.
+QLORA_SHARE, QLORA_OVERHEAD_TOKENS = 0.65, 860
+FULL_SHARE, FULL_OVERHEAD_TOKENS = 0.887, 1130
+HOST_LINK_BYTES = 20e9  # bytes/s between a card and main memory, PCIe 4 x16
+HOST_ADAM_PARAMETERS = 1e9  # parameters/s that the CPU's Adam updates
+BUDGETS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 256)
+
+
+def qlora_flops_per_token(shape: Shape, lora_rank: int, recomputed_share: float = 0.0) -> float:
+    """FLOP for one trained token: 4 a frozen weight, 6 a LoRA weight, and what is recomputed."""
+    recomputed = 2 * recomputed_share * shape.projection_parameters
+    return 4 * shape.product_parameters + 6 * shape.lora_parameters(lora_rank) + recomputed
+
+
+def full_flops_per_token(shape: Shape, recomputed_share: float = 0.0) -> float:
+    """FLOP for one trained token of full fine-tuning: 6 a parameter as is custom, and what is recomputed."""
+    return 6 * shape.parameters + 2 * recomputed_share * shape.parameters
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one forward pass holds: at most `tokens`, `layers_kept` of the layers not recomputed."""
+
+    tokens: int
+    layers_kept: int
+
+
+def qlora_tokens_per_second(shape: Shape, lora_rank: int, gpu: Gpu, budget: Budget) -> float:
+    """Trained tokens per second of one card."""
+    flops = qlora_flops_per_token(shape, lora_rank, 1 - budget.layers_kept / shape.layers)
+    return gpu.reachable_flops * QLORA_SHARE / flops * budget.tokens / (budget.tokens + QLORA_OVERHEAD_TOKENS)
+
+
+def full_tokens_per_second(shape: Shape, gpu: Gpu, budget: Budget) -> float:
+    """Trained tokens per second of one card while it computes, transfers left out."""
+    flops = full_flops_per_token(shape, 1 - budget.layers_kept / shape.layers)
+    return gpu.reachable_flops * FULL_SHARE / flops * budget.tokens / (budget.tokens + FULL_OVERHEAD_TOKENS)
+
+
+def full_update_seconds(
+    shape: Shape, gpu: Gpu, budget: Budget, stage: str, gpus: int, tokens_per_update: float
+) -> float:
+    """Seconds of one update. Transfers between cards overlap with computing; those to main memory and its Adam do not."""
+    tokens_per_card = tokens_per_update / gpus
+    micro_batches = max(1.0, tokens_per_card / budget.tokens)
+    computing = tokens_per_card / full_tokens_per_second(shape, gpu, budget)
+    weights = HALF_BYTES * shape.parameters
+    # Stage 3 gathers the weights forward and backward in every micro-batch, 1 and 2 reduce and gather once an update.
+    passes = {"1": 2.0, "2": 2.0 * micro_batches, "3": 3.0 * micro_batches}.get(stage[0], 0.0) if gpus > 1 else 0.0
+    moving = passes * weights * (gpus - 1) / gpus / (gpu.link_gb_per_second * 1e9)
+    offloading = 0.0
+    if stage.endswith("offload"):
+        crossings = 2.0 + (2.0 * micro_batches if stage.startswith("3") else 0.0)
+        offloading = crossings * weights / gpus / HOST_LINK_BYTES + shape.parameters / HOST_ADAM_PARAMETERS
+    return max(computing, moving) + offloading
+
+
+def _best(
+    fits: Callable[[Budget], bool],
+    speed: Callable[[Budget], float],
+    sizes: Iterable[int],
+    least_kept: int,
+    most_kept: int,
+) -> Budget | None:
+    """The fastest budget that fits: for each number of tokens as many layers kept as there is room for."""
+    candidates = []
+    for tokens in sizes:
+        choices = (Budget(tokens, kept) for kept in range(most_kept, least_kept - 1, -1))
+        candidates.extend(itertools.islice(filter(fits, choices), 1))
+    return max(candidates, key=speed, default=None)
+
+
+def _sizes(longest_row: int, tokens_per_card: float) -> list[int]:
+    """Budgets worth trying: at least the longest row, not much more than a card's share of an update."""
+    largest = max(longest_row, min((size for size in BUDGETS if size >= tokens_per_card), default=BUDGETS[0]))
+    return sorted({longest_row, *(size for size in BUDGETS if longest_row <= size <= largest)})
+
+
+def choose_qlora_budget(
+    shape: Shape,
+    lora_rank: int,
+    gpu: Gpu,
+    memory_bytes: float,
+    longest_row: int,
+    tokens_per_update: float,
+    gpus: int = 1,
+    lora_bytes: int = 2,
+    optimizer_bytes: int = 8,
+    layers_kept: tuple[int, int] | None = None,
+    tokens: int | None = None,
+) -> Budget | None:
+    """Fastest budget inside `memory_bytes` per card; None when even one row with all layers recomputed does not fit.
+
+    `layers_kept`: least and most layers not recomputed, default any. `tokens`: the budget, where it is fixed.
+    """
+
+    def fits(budget: Budget) -> bool:
+        parts = qlora_memory(shape, lora_rank, budget.tokens, budget.layers_kept, lora_bytes, optimizer_bytes, gpus)
+        return total(parts) <= memory_bytes
+
+    least, most = layers_kept or (0, shape.layers)
+    return _best(
+        fits,
+        lambda budget: qlora_tokens_per_second(shape, lora_rank, gpu, budget),
+        [tokens] if tokens else _sizes(longest_row, tokens_per_update / gpus),
+        least,
+        most,
+    )
+
+
+def choose_full_budget(
+    shape: Shape, stage: str, gpu: Gpu, gpus: int, memory_bytes: float, longest_row: int, tokens_per_update: float
+) -> Budget | None:
+    """Fastest budget of full fine-tuning with a stage inside `memory_bytes` per card, or None."""
+    if stage not in STAGES:
+        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage}")
+
+    def fits(budget: Budget) -> bool:
+        return total(full_memory(shape, stage, gpus, budget.tokens, budget.layers_kept)) <= memory_bytes
+
+    return _best(
+        fits,
+        lambda budget: -full_update_seconds(shape, gpu, budget, stage, gpus, tokens_per_update),
+        _sizes(longest_row, tokens_per_update / gpus),
+        0,
+        shape.layers,
+    )

@@ -1,0 +1,534 @@
+"""transformers' Trainer where one training step is one optimiser update over padding-free micro-batches.
+
+What is added: the rows of an update come from finetune.batching.plan_epoch on every rank alike; the loss is the mean over
+the supervised tokens of the whole update over all ranks, as a padded batch of the same rows would give; a micro-batch that
+does not fit is cut and repeated; bad losses end the run with the rows that caused them; checkpoints are published whole; a
+stop signal is obeyed at the end of an update, on all ranks at the same one.
+
+Gradients are averaged here, once an update, and not by DistributedDataParallel's hooks: so a rank that runs out of memory
+may cut its own micro-batches without the others waiting inside a collective for it. DeepSpeed reduces by itself and needs
+equal counts: there a lack of memory ends the run with the budget to try.
+"""
+
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+
+from finetune import saving
+from finetune.batching import IGNORE_INDEX, Update, collate, plan_epoch
+from finetune.errors import UserError
+from finetune.progress import Meter
+from finetune.signals import StopRequest
+
+if TYPE_CHECKING:
+    from finetune.conversation import Sample
+
+MAX_BAD_UPDATES = 3
+SMALLEST_BUDGET = 16
+MAX_ROWS_NAMED = 20
+
+
+def count_supervised(sample: "Sample") -> int:
+    """Labels that the model predicts: the first token of a row is predicted by nothing."""
+    return sum(label != IGNORE_INDEX for label in sample.labels[1:])
+
+
+@dataclass
+class RankUpdate:
+    """What one rank does in one update. Token counts are of the whole update, over all ranks."""
+
+    micro_batches: list[list[int]]
+    rows: list[int]
+    num_tokens: int
+    num_supervised: int
+
+
+class UpdateSampler:
+    """Indices 0 .. updates - 1, one at a time: which rows they stand for is the plan's business."""
+
+    def __init__(self, dataset: "UpdateDataset") -> None:
+        self.dataset = dataset
+        self.batch_size, self.drop_last = 1, False
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([index] for index in range(len(self.dataset)))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class UpdateDataset:
+    """The updates of the current epoch, as one rank sees them."""
+
+    def __init__(
+        self, samples: "Sequence[Sample]", rows_per_update: int, rank: int, world_size: int, seed: int
+    ) -> None:
+        self.samples = samples
+        self.lengths = [len(sample.input_ids) for sample in samples]
+        self.supervised = [count_supervised(sample) for sample in samples]
+        self.rows_per_update, self.rank, self.world_size, self.seed = rows_per_update, rank, world_size, seed
+        self._planned: tuple[int, int] | None = None
+        self._updates: list[Update] = []
+        self.epoch = 0
+        self.token_budget = 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.samples) / self.rows_per_update)
+
+    def __getitem__(self, index: int) -> RankUpdate:
+        if self._planned != (self.epoch, self.token_budget):
+            self._updates = plan_epoch(
+                self.lengths, self.rows_per_update, self.world_size, self.token_budget, self.seed, self.epoch
+            )
+            self._planned = (self.epoch, self.token_budget)
+        update = self._updates[index]
+        rows = update.rows
+        return RankUpdate(
+            micro_batches=update.micro_batches[self.rank],
+            rows=rows,
+            num_tokens=sum(self.lengths[row] for row in rows),
+            num_supervised=sum(self.supervised[row] for row in rows),
+        )
+
+
+class UpdateLoader(DataLoader):
+    """A DataLoader over updates, so that accelerate can skip those already done."""
+
+    def __init__(self, dataset: UpdateDataset) -> None:
+        # Its own generator: DataLoader draws a number an epoch, which must not move the dropout's generator.
+        super().__init__(
+            dataset,
+            batch_sampler=UpdateSampler(dataset),
+            collate_fn=_only_item,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+
+def _only_item(items: list[RankUpdate]) -> RankUpdate:
+    return items[0]
+
+
+def cut_in_pieces(rows: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Rows in order, in pieces of at most token_budget tokens; a longer row is a piece by itself."""
+    pieces: list[list[int]] = [[]]
+    for row in rows:
+        if pieces[-1] and sum(lengths[r] for r in pieces[-1]) + lengths[row] > token_budget:
+            pieces.append([])
+        pieces[-1].append(row)
+    return pieces
+
+
+@dataclass
+class Progress:
+    """What a run has done so far, over all its starts; kept in every checkpoint."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    starts: int = 0
+    peak_memory_bytes: int = 0
+
+
+@dataclass
+class RunPlan:
+    """What the trainer needs to know beyond transformers' arguments."""
+
+    rows_per_update: int
+    token_budget: int
+    identity: dict[str, Any]
+    names: dict[str, str] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    save_total_limit: int = 1
+    finish_folder: Callable[[Path], None] | None = None
+    eval_samples: "Sequence[Sample]" = field(default_factory=list)
+
+
+class UpdateTrainer(Trainer):
+    """Trains `model`, whose forward returns the SUM of token losses (finetune.loss), on encoded rows.
+
+    `args.gradient_accumulation_steps` must be 1: micro-batches are an update's inner matter.
+    Raises UserError when losses stay NaN, infinite or exactly zero, naming the rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        samples: "Sequence[Sample]",
+        plan: RunPlan,
+        meter: Meter | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.gradient_accumulation_steps != 1:
+            raise ValueError("UpdateTrainer counts whole updates: gradient_accumulation_steps must be 1")
+        self.plan = plan
+        self.meter = meter or Meter(flops_per_token=0.0)
+        self.progress = Progress()
+        self.stop = StopRequest()
+        self.stop_signal = 0
+        self.token_budget = plan.token_budget
+        self.update_losses: list[tuple[int, float]] = []
+        self._bad_updates = 0
+        self._logged_sums = [0.0, 0]
+        dataset = UpdateDataset(samples, plan.rows_per_update, args.process_index, args.world_size, args.seed)
+        # The plan keeps the first budget: it decides which rows share a micro-batch, on every rank alike.
+        dataset.token_budget = plan.token_budget
+        super().__init__(
+            model=model, args=args, train_dataset=dataset, eval_dataset=plan.eval_samples or None, **kwargs
+        )
+        self.add_callback(_ObeyStop(self))
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Updates of this rank. accelerate does not prepare it: the plan has dealt the rows to the ranks already."""
+        self._loader = UpdateLoader(self.train_dataset)
+        return self._loader
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Rows of an epoch."""
+        return len(self.train_dataset.samples)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Rows of an update over all ranks."""
+        return self.plan.rows_per_update
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """The next update; its supervised tokens are counted in the plan, not here."""
+        update = next(epoch_iterator, None)
+        return ([] if update is None else [update]), None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted here: finetune.progress counts by tokens."""
+        return 0
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.train_dataset.epoch = kwargs["epoch"]
+        super()._run_epoch(*args, **kwargs)
+
+    # ---- one update ----
+
+    def training_step(self, model: nn.Module, inputs: RankUpdate, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one whole update. Returns this rank's share of its mean loss, times the ranks."""
+        model.train()
+        update = inputs
+        scale = self.args.world_size / max(1, update.num_supervised)
+        if self.is_deepspeed_enabled:
+            loss_sum = self._run_with_deepspeed(model, update, scale)
+        else:
+            loss_sum = self._run_micro_batches(model, update, scale)
+        loss = self._agree(loss_sum, update)
+        if not self.is_deepspeed_enabled:
+            self._average_gradients(model, keep=math.isfinite(loss))
+        self._account(update, loss)
+        return loss_sum.detach() * scale
+
+    def _loss_of(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
+        """Sum of the token losses of rows run side by side, no padding. No rows: a zero with a graph."""
+        samples = [self.train_dataset.samples[row] for row in rows]
+        return model(**self._prepare_input(collate(samples))).loss
+
+    def _run_micro_batches(self, model: nn.Module, update: RankUpdate, scale: float) -> Tensor:
+        """All micro-batches of this rank, gradients kept on it. What does not fit is cut to half the budget and repeated."""
+        lengths = self.train_dataset.lengths
+        pieces = [part for rows in update.micro_batches for part in cut_in_pieces(rows, lengths, self.token_budget)]
+        loss_sum, done = torch.zeros((), device=self.args.device), 0
+        while done < len(pieces):
+            try:
+                loss_sum = loss_sum + self._forward_backward(model, pieces[done], scale)
+                done += 1
+                continue
+            except torch.OutOfMemoryError:
+                in_backward = self._in_backward
+            # Outside the handler: the exception would keep the failed pass's tensors alive.
+            self._lower_budget(pieces[done])
+            if in_backward and done:
+                self._say("its gradients are incomplete: this update starts again")
+            if in_backward:
+                # A backward pass cut short has added to some gradients and not to others.
+                model.zero_grad()
+                loss_sum, done, rest = torch.zeros_like(loss_sum), 0, [row for piece in pieces for row in piece]
+                pieces = cut_in_pieces(rest, lengths, self.token_budget)
+            else:
+                rest = [row for piece in pieces[done:] for row in piece]
+                pieces[done:] = cut_in_pieces(rest, lengths, self.token_budget)
+        return loss_sum
+
+    def _forward_backward(self, model: nn.Module, rows: Sequence[int], scale: float) -> Tensor:
+        self._in_backward = False
+        with self.accelerator.no_sync(model=model):
+            loss = self._loss_of(model, rows)
+            self._in_backward = True
+            self.accelerator.backward(loss * scale)
+        return loss.detach()
+
+    def _lower_budget(self, rows: Sequence[int]) -> None:
+        """Halve the token budget of this and all later updates. Raises UserError when a single row does not fit."""
+        lengths = self.train_dataset.lengths
+        tokens = sum(lengths[row] for row in rows)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(rows) <= 1:
+            line = self.train_dataset.samples[rows[0]].row if rows else 0
+            raise UserError(
+                f"out of GPU memory with a single row of {tokens} tokens (line {line}). Lower max_seq_length or "
+                "lora_rank, set gradient_checkpointing to true, or take a larger card."
+            )
+        self.token_budget = max(SMALLEST_BUDGET, min(self.token_budget, tokens) // 2)
+        self._say(
+            f"out of GPU memory with {tokens} tokens: cut to at most {self.token_budget} from here on, nothing is lost"
+        )
+
+    def _run_with_deepspeed(self, model: nn.Module, update: RankUpdate, scale: float) -> Tensor:
+        """All micro-batches; DeepSpeed reduces and steps at the last one, which is the boundary."""
+        loss_sum = torch.zeros((), device=self.args.device)
+        try:
+            for index, rows in enumerate(update.micro_batches):
+                loss = self._loss_of(model, rows)
+                loss_sum = loss_sum + loss.detach()
+                is_last = index == len(update.micro_batches) - 1
+                if is_last:
+                    self._refuse_bad_loss_before_step(loss_sum, update)
+                self.accelerator.gradient_state._set_sync_gradients(is_last)
+                # An update's loss is normalised already: DeepSpeed must not divide it by accumulation steps.
+                self.accelerator.backward(loss * scale, scale_wrt_gas=False)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of GPU memory with a budget of {self.token_budget} tokens. Start again with "
+                f"--tokens_per_micro_batch {max(SMALLEST_BUDGET, self.token_budget // 2)}: training goes on from the "
+                "newest checkpoint."
+            ) from error
+        return loss_sum
+
+    def _refuse_bad_loss_before_step(self, loss_sum: Tensor, update: RankUpdate) -> None:
+        """DeepSpeed steps inside backward, so a loss that is no number must be found before it ruins the weights."""
+        total = self._sum_over_ranks(loss_sum.double().reshape(1))[0].item()
+        if not math.isfinite(total):
+            raise UserError(self._bad_loss_message(update, total, 1))
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        if self.args.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def _agree(self, loss_sum: Tensor, update: RankUpdate) -> float:
+        """Mean loss of the update over all ranks, and the stop signal that any of them received."""
+        stops = [float(self.stop.signal == number) for number in (15, 2)]
+        values = torch.tensor([0.0, *stops], dtype=torch.float64, device=self.args.device)
+        values[0] = loss_sum.detach()
+        total, terminated, interrupted = self._sum_over_ranks(values).tolist()
+        if terminated or interrupted:
+            self.stop_signal = 15 if terminated else 2
+        self._logged_sums[0] += total
+        self._logged_sums[1] += update.num_supervised
+        return total / max(1, update.num_supervised)
+
+    def _average_gradients(self, model: nn.Module, keep: bool) -> None:
+        """Mean over ranks, in flat blocks; an update whose loss is no number leaves no gradient behind."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not keep:
+            torch._foreach_zero_(gradients)
+        elif self.args.world_size > 1:
+            for block in _blocks(gradients):
+                flat = torch.cat([gradient.reshape(-1) for gradient in block])
+                dist.all_reduce(flat)
+                flat /= self.args.world_size
+                parts = flat.split([gradient.numel() for gradient in block])
+                torch._foreach_copy_(block, [p.view_as(g) for p, g in zip(parts, block, strict=True)])
+
+    def _account(self, update: RankUpdate, loss: float) -> None:
+        self.update_losses.append((self.state.global_step + 1, loss))
+        self.progress.tokens += update.num_tokens
+        self.progress.supervised_tokens += update.num_supervised
+        is_bad = not math.isfinite(loss) or loss == 0.0
+        self._bad_updates = self._bad_updates + 1 if is_bad else 0
+        if is_bad:
+            message = self._bad_loss_message(update, loss, self._bad_updates)
+            if self._bad_updates >= MAX_BAD_UPDATES:
+                raise UserError(message)
+            self._say(message)
+
+    def _bad_loss_message(self, update: RankUpdate, loss: float, count: int) -> str:
+        lines = sorted(self.train_dataset.samples[row].row for row in update.rows)
+        shown = ", ".join(map(str, lines[:MAX_ROWS_NAMED])) + (", ..." if len(lines) > MAX_ROWS_NAMED else "")
+        why = "no supervised token" if not update.num_supervised else f"loss {loss}"
+        return (
+            f"{count} update{'s' if count > 1 else ''} in a row with {why}; the last one, update "
+            f"{self.state.global_step + 1}, had the training rows of lines {shown}. Look at these rows "
+            "(`make qwen-data`), or lower the learning rate."
+        )
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    # ---- logs and evaluation ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs with the loss replaced by the exact mean over the supervised tokens since the last log."""
+        if "loss" in logs and self._logged_sums[1]:
+            logs["loss"] = self._logged_sums[0] / self._logged_sums[1]
+            self._logged_sums = [0.0, 0]
+            self.mark_time()
+            logs.update(self.meter.read())
+            if torch.cuda.is_available():
+                logs["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if self.meter.price_per_hour:
+                logs["cost"] = self.meter.cost(self.progress.seconds)
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """Mean loss over the supervised tokens of the evaluation rows, padding-free, shared among the ranks."""
+        samples = eval_dataset or self.eval_dataset
+        loss_sum, num_supervised = self._evaluation_sums(samples)
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / max(1, num_supervised)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _evaluation_sums(self, samples: "Sequence[Sample]") -> tuple[float, int]:
+        lengths = [len(sample.input_ids) for sample in samples]
+        plan = plan_epoch(lengths, len(samples), self.args.world_size, self.token_budget, 0, 0)[0]
+        total = torch.zeros(1, dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            for rows in plan.micro_batches[self.args.process_index]:
+                batch = self._prepare_input(collate([samples[row] for row in rows]))
+                total += model(**batch).loss.double()
+        self.model.train()
+        return self._sum_over_ranks(total).item(), sum(map(count_supervised, samples))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.save_strategy != "no":
+            self.control.should_save = True
+        return is_best
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # transformers writes, rotates and looks for the best checkpoint below this folder. It gets the one where
+        # things are written aside: only publish() decides what stands in output_dir.
+        return str(saving.aside_dir(self.args.output_dir))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write aside on all ranks, then rank 0 publishes and removes what save_total_limit no longer allows."""
+        step = self.state.global_step
+        written = saving.aside_dir(self.args.output_dir) / f"checkpoint-{step}"
+        target = saving.checkpoint_dir(self.args.output_dir, step)
+        best = self.state.best_model_checkpoint
+        super()._save_checkpoint(model, trial)
+        if self.state.best_global_step == step:
+            best = str(target)
+        self.state.best_model_checkpoint = best
+        self._barrier()
+        if self.args.should_save:
+            self.state.save_to_json(str(written / "trainer_state.json"))
+            self._publish(written, target, {"step": step, "progress": asdict(self.progress)})
+            saving.rotate(self.args.output_dir, self.plan.save_total_limit, best)
+        self._barrier()
+
+    def _publish(self, written: Path, target: Path, record: dict[str, Any]) -> None:
+        if self.plan.finish_folder:
+            self.plan.finish_folder(written)
+        known = {"identity": self.plan.identity, "names": self.plan.names, **self.plan.record}
+        saving.publish(written, target, {**known, **record})
+
+    def save_final(self) -> Path:
+        """Write output_dir/final: the adapter or model and its tokenizer. Called on all ranks."""
+        written = saving.aside_dir(self.args.output_dir) / "final"
+        target = Path(self.args.output_dir) / "final"
+        self.save_model(str(written), _internal_call=True)
+        self._barrier()
+        if self.args.should_save:
+            (written / "training_args.bin").unlink(missing_ok=True)
+            self._publish(written, target, {"step": self.state.global_step, "progress": asdict(self.progress)})
+            saving.clear_aside(self.args.output_dir)
+        self._barrier()
+        return target
+
+    def _barrier(self) -> None:
+        if self.args.world_size > 1:
+            dist.barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Weights of a checkpoint into the model as it stands: peft's own way would turn a 16-bit adapter into 32 bits."""
+        model = self.model if model is None else model
+        adapter = Path(resume_from_checkpoint) / "adapter_model.safetensors"
+        if not adapter.exists():
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        found = set_peft_model_state_dict(model, load_file(adapter))
+        if found.unexpected_keys:
+            raise UserError(f"{adapter} does not fit the model: unexpected {found.unexpected_keys[:3]}.")
+        return None
+
+    # ---- the whole run ----
+
+    def run(self) -> int:
+        """Train from the newest complete checkpoint, or from the start. Returns the stop signal obeyed, 0 if none."""
+        checkpoint, remarks = saving.newest_checkpoint(self.args.output_dir)
+        if self.args.should_save:
+            saving.clear_aside(self.args.output_dir)
+            for remark in remarks:
+                self._say(remark)
+        if checkpoint is not None:
+            self.progress = Progress(**saving.read_marker(checkpoint).get("progress", {}))
+            self._say(f"going on from {checkpoint}") if self.args.should_save else None
+        self._barrier()
+        self.progress.starts += 1
+        self._seconds_before, self._started = self.progress.seconds, time.monotonic()
+        with self.stop.listening():
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return self.stop_signal
+
+    def mark_time(self) -> None:
+        """Bring progress.seconds and the peak of GPU memory up to date."""
+        self.progress.seconds = self._seconds_before + time.monotonic() - self._started
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+            self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak)
+
+
+class _ObeyStop(TrainerCallback):
+    """After an update in which some rank received a stop signal: log, save and stop, on all ranks."""
+
+    def __init__(self, trainer: UpdateTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        """Called when the update is done, after transformers has decided what to do at this step."""
+        self.trainer.mark_time()
+        if self.trainer.stop_signal:
+            control.should_log = control.should_training_stop = True
+            control.should_evaluate = False
+            control.should_save = args.save_strategy != "no"
+        return control
+
+
+def _blocks(tensors: Sequence[Tensor], max_elements: int = 50_000_000) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype in groups of about max_elements, in order."""
+    block: list[Tensor] = []
+    for tensor in tensors:
+        is_other = block and block[0].dtype != tensor.dtype
+        if block and (is_other or sum(map(Tensor.numel, block)) + tensor.numel() > max_elements):
+            yield block
+            block = []
+        block.append(tensor)
+    if block:
+        yield block

@@ -1,0 +1,272 @@
+"""The trainer against a padded plain-torch loop, its resumption, its watchdog and what it does when memory runs out.
+
+A random two-layer Qwen2 in float32 with LoRA dropout, in this process. Rows are random ids, every second half supervised.
+"""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from finetune import saving
+from finetune.attention import enable_padding_free_attention
+from finetune.conversation import Sample
+from finetune.errors import UserError
+from finetune.loss import enable_chunked_loss
+from finetune.trainer import RunPlan, UpdateTrainer, cut_in_pieces
+
+VOCABULARY = 97
+ROWS_PER_UPDATE = 4
+IDENTITY = {"base_model": "abc", "train_data": "def", "rows_per_update": ROWS_PER_UPDATE}
+
+
+def make_samples(count: int = 21, seed: int = 1) -> list[Sample]:
+    """Rows of 4 to 20 tokens; the second half of each is supervised."""
+    draw = random.Random(seed)
+    samples = []
+    for line in range(1, count + 1):
+        ids = [draw.randrange(VOCABULARY) for _ in range(draw.randint(4, 20))]
+        half = len(ids) // 2
+        samples.append(Sample(ids, [-100] * half + ids[half:], line))
+    return samples
+
+
+def make_model(dropout: float = 0.0) -> torch.nn.Module:
+    set_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    model = Qwen2ForCausalLM(config)
+    if dropout:
+        from peft import LoraConfig, get_peft_model
+
+        enable_chunked_loss(model)
+        enable_padding_free_attention(model)
+        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "v_proj", "down_proj"])
+        return get_peft_model(model, lora)
+    return enable_padding_free_attention(enable_chunked_loss(model))
+
+
+def make_trainer(folder: Path, samples: list[Sample] | None = None, model=None, budget: int = 40, **changes) -> UpdateTrainer:
+    evaluation = changes.pop("evaluation", [])
+    limit = changes.pop("save_total_limit", 1)
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+        "max_steps": 6,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "optim": "adamw_torch",
+        "max_grad_norm": 0.5,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **changes,
+    }
+    plan = RunPlan(ROWS_PER_UPDATE, budget, IDENTITY, save_total_limit=limit, eval_samples=evaluation)
+    trainer = UpdateTrainer(
+        model=model or make_model(), args=TrainingArguments(**settings), samples=samples or make_samples(), plan=plan
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def losses(trainer: UpdateTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def padded_losses(samples: list[Sample], updates: list[list[int]]) -> list[float]:
+    """The same updates by hand: one padded batch each, transformers' own logits, torch's loss, AdamW and clipping."""
+    model = make_model()
+    model.set_attn_implementation("eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    found = []
+    for number, rows in enumerate(updates):
+        longest = max(len(samples[row].input_ids) for row in rows)
+        ids = torch.tensor([samples[row].input_ids + [0] * (longest - len(samples[row].input_ids)) for row in rows])
+        labels = torch.tensor([samples[row].labels + [-100] * (longest - len(samples[row].labels)) for row in rows])
+        mask = torch.tensor([[int(i < len(samples[row].input_ids)) for i in range(longest)] for row in rows])
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        # warm-up over two updates from 0, then linear to 0 at update 6
+        optimizer.param_groups[0]["lr"] = 1e-2 * (number / 2 if number < 2 else (6 - number) / 4)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_losses_equal_a_padded_loop(tmp_path: Path) -> None:
+    samples = make_samples()
+    trainer = make_trainer(tmp_path, samples)
+    trainer.run()
+    updates = [trainer.train_dataset[index].rows for index in range(5)]
+    assert losses(trainer)[:5] == pytest.approx(padded_losses(samples, updates), abs=1e-5)
+    moved = (trainer.model.lm_head.weight - make_model().lm_head.weight).abs().max().item()
+    assert moved > 0.01
+    assert trainer.state.global_step == 6
+
+
+def test_a_logged_loss_is_the_mean_over_the_tokens_of_all_updates_since_the_last(tmp_path: Path) -> None:
+    every = make_trainer(tmp_path / "1")
+    every.run()
+    third = make_trainer(tmp_path / "3", logging_steps=3)
+    third.run()
+    counts = [every.train_dataset[index].num_supervised for index in range(3)]
+    expected = sum(loss * count for loss, count in zip(losses(every)[:3], counts, strict=True)) / sum(counts)
+    assert losses(third)[0] == pytest.approx(expected, abs=1e-6)
+    assert losses(third)[0] != pytest.approx(sum(losses(every)[:3]) / 3, abs=1e-6)
+
+
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 13, "save_total_limit": 2}
+    whole = make_trainer(tmp_path / "whole", model=make_model(0.2), **settings)
+    whole.run()
+    for stop_at in (2, 6, 10):  # inside an epoch of 6 updates, at its end, in the second
+        first = make_trainer(tmp_path / f"{stop_at}", model=make_model(0.2), **settings)
+        first.add_callback(_Kill(stop_at))
+        assert first.run() == signal.SIGTERM
+        assert first.state.global_step == stop_at
+        second = make_trainer(tmp_path / f"{stop_at}", model=make_model(0.2), **settings)
+        assert second.run() == 0
+        assert losses(second) == losses(whole), stop_at
+        assert second.progress.tokens == whole.progress.tokens
+        assert second.progress.starts == 2
+
+
+class _Kill(TrainerCallback):
+    """Sends this process SIGTERM while an update is being computed."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_only_complete_checkpoints_count(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    make_trainer(tmp_path, model=make_model(0.2), **settings).run()
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [6, 4]
+    (tmp_path / "checkpoint-6" / saving.MARKER).unlink()
+    (tmp_path / saving.ASIDE / "checkpoint-9").mkdir(parents=True)
+    again = make_trainer(tmp_path, model=make_model(0.2), **settings)
+    again.run()
+    assert "checkpoint-6 is not complete" in capfd.readouterr().err
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [6, 4]
+    assert saving.is_complete(tmp_path / "checkpoint-6")
+    assert not (tmp_path / saving.ASIDE / "checkpoint-9").exists()
+
+
+def test_bad_losses_stop_the_run_with_their_rows(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
+    trainer = make_trainer(tmp_path / "nan", model=model)
+    lines = [sorted(trainer.train_dataset.samples[row].row for row in rows) for rows in _updates(trainer)]
+    with pytest.raises(UserError, match="3 updates in a row with loss nan") as failure:
+        trainer.run()
+    assert ", ".join(map(str, lines[2])) in str(failure.value)
+    assert ", ".join(map(str, lines[0])) in capfd.readouterr().err
+    # The bad updates left the other weights as they were.
+    assert torch.isfinite(model.lm_head.weight).all()
+
+    unsupervised = [Sample(sample.input_ids, [-100] * len(sample.labels), sample.row) for sample in make_samples()]
+    with pytest.raises(UserError, match="no supervised token"):
+        make_trainer(tmp_path / "zero", unsupervised).run()
+
+
+def _updates(trainer: UpdateTrainer) -> list[list[int]]:
+    return [trainer.train_dataset[index].rows for index in range(len(trainer.train_dataset))]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_running_out_of_memory_loses_nothing(tmp_path: Path, where: str, capfd: pytest.CaptureFixture) -> None:
+    whole = make_trainer(tmp_path / "whole", budget=80)
+    whole.run()
+    model = make_model()
+    cut = make_trainer(tmp_path / "cut", model=model, budget=80)
+    if where == "forward":
+        model.model.layers[1].register_forward_pre_hook(_fail_above(24))
+    else:
+        # In the first layer's backward pass the head and the second layer have their gradients already.
+        model.model.layers[0].register_full_backward_hook(lambda *_: _fail_above(24)(None, _[2]))
+    cut.run()
+    assert losses(cut) == pytest.approx(losses(whole), abs=1e-5)
+    assert 0 < cut.token_budget <= 24
+    assert "out of GPU memory" in capfd.readouterr().err
+
+
+def _fail_above(tokens: int):
+    def hook(module, inputs, *rest) -> None:
+        if inputs[0].shape[1] > tokens:
+            raise torch.OutOfMemoryError("injected")
+
+    return hook
+
+
+def test_a_row_that_cannot_fit_ends_the_run_with_words(tmp_path: Path) -> None:
+    model = make_model()
+    model.model.layers[1].register_forward_pre_hook(_fail_above(3))
+    with pytest.raises(UserError, match="out of GPU memory with a single row"):
+        make_trainer(tmp_path, model=model).run()
+
+
+def test_the_best_checkpoint_stays_beside_the_last(tmp_path: Path) -> None:
+    held_out = make_samples(5, seed=9)
+    trainer = make_trainer(
+        tmp_path,
+        evaluation=held_out,
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="loss",
+        save_strategy="steps",
+        save_steps=3,
+        learning_rate=0.1,
+        max_steps=9,
+    )
+    trainer.run()
+    measured = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    assert sorted(measured) == [2, 4, 6, 8, 9]
+    best = min(measured, key=measured.get)
+    assert {step for step, _ in saving.list_checkpoints(tmp_path)} == {best, 9}
+    state = json.loads((tmp_path / "checkpoint-9" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
+    model = make_model()
+    model.load_state_dict(Qwen2ForCausalLM.from_pretrained(tmp_path / "checkpoint-9").state_dict())
+    assert _plain_loss(model, held_out) == pytest.approx(measured[9], abs=1e-5)
+
+
+def _plain_loss(model: torch.nn.Module, samples: list[Sample]) -> float:
+    model.eval()
+    total, count = 0.0, 0
+    for sample in samples:
+        logits = model(input_ids=torch.tensor([sample.input_ids])).logits[0]
+        labels = torch.tensor(sample.labels)[1:]
+        total += torch.nn.functional.cross_entropy(logits[:-1], labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    return total / count
+
+
+def test_cut_in_pieces_keeps_order_and_budget() -> None:
+    lengths = [5, 9, 3, 4, 20, 1]
+    assert cut_in_pieces([0, 1, 2, 3, 4, 5], lengths, 10) == [[0], [1], [2, 3], [4], [5]]
+    assert cut_in_pieces([], lengths, 10) == [[]]
