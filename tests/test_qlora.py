@@ -1,0 +1,205 @@
+"""The 4-bit base with fused LoRA projections against peft's own path, and recomputation of single layers."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from finetune.batching import collate
+from finetune.errors import UserError
+from finetune.loss import enable_chunked_loss
+from finetune.projection import _Projection
+from finetune.qlora import attach_lora, checkpoint_layers, fuse_projections, load_quantized
+from tests.tiny.native import gradients, padded_loss, random_samples, tiny_native
+
+LENGTHS = [9, 4, 14]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("native")
+    tiny_native().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantised(checkpoint):
+    """The checkpoint in NF4, float32 elsewhere; tests take copies."""
+    return load_quantized(checkpoint, "cpu", torch.float32)
+
+
+def adapted(quantised, dropout=0.0):
+    """A copy of the quantised model with the chunked loss and an adapter whose B is not zero, in training mode."""
+    torch.manual_seed(1)
+    model = attach_lora(enable_chunked_loss(copy.deepcopy(quantised)), 8, 16, dropout)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def test_what_is_quantised_and_what_is_not(checkpoint):
+    model = load_quantized(checkpoint, "cpu", torch.bfloat16)
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    projections = [name for name in kinds if name.endswith("_proj.weight")]
+    assert len(projections) == 14 and {kinds[name] for name in projections} == {torch.uint8}
+    assert {kind for name, kind in kinds.items() if name not in projections} == {torch.bfloat16}
+    state = model.model.layers[0].mlp.up_proj.weight.quant_state
+    assert state.quant_type == "nf4" and state.nested
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_trainable_parameters_are_the_adapters_in_float32(checkpoint):
+    model = attach_lora(load_quantized(checkpoint, "cpu", torch.bfloat16), 8, 16, 0.05)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trainable) == 28 and all("lora_" in name for name in trainable)
+    assert {parameter.dtype for parameter in trainable.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_fused_equals_peft_in_loss_and_gradients(quantised, dropout, recomputed):
+    batch = collate(random_samples(LENGTHS))
+    results = []
+    for fuse in (False, True):
+        model = adapted(quantised, dropout=dropout)
+        assert not fuse or fuse_projections(model) == 14
+        checkpoint_layers(model, recomputed)
+        torch.manual_seed(5)
+        loss = model(**batch).loss
+        results.append((loss, gradients(model, loss), torch.rand(1)))
+    (expected, expected_grads, expected_draw), (loss, grads, draw) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    # The generator moves on exactly as peft's dropout moves it.
+    assert draw == expected_draw
+    assert grads.keys() == expected_grads.keys() and len(grads) == 28
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_one_projection_equals_the_formula():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(16, 24).requires_grad_(False)
+    x, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 16), (4, 16), (24, 4)))
+    weights = torch.randn(2, 5, 24)
+    torch.manual_seed(3)
+    mask = torch.nn.functional.dropout(torch.ones(10, 16), 0.4).view(2, 5, 16)
+    expected = x @ base.weight.T + base.bias + 0.7 * (x * mask) @ a.T @ b.T
+    torch.manual_seed(3)
+    output = _Projection.apply(x, a, b, base, 0.7, 0.4)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad((expected * weights).sum(), [x, a, b])
+    for grad, want in zip(torch.autograd.grad((output * weights).sum(), [x, a, b]), wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-5)
+
+
+def test_only_input_and_low_rank_product_are_saved():
+    base = torch.nn.Linear(16, 24).requires_grad_(False)
+    x, a, b = torch.randn(5, 16, requires_grad=True), torch.randn(4, 16), torch.randn(24, 4)
+    a.requires_grad_(), b.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda t: t):
+        _Projection.apply(x, a, b, base, 1.0, 0.1)
+    assert sorted(saved) == sorted([x.shape, (5, 4), a.shape, b.shape])
+
+
+def test_bfloat16_projection_is_as_exact_as_its_format():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(256, 192).requires_grad_(False)
+    x, a, b = (torch.randn(*shape) for shape in ((64, 256), (8, 256), (192, 8)))
+    weights = torch.randn(64, 192)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [x.to(dtype).requires_grad_(), a.clone().requires_grad_(), b.clone().requires_grad_()]
+        output = _Projection.apply(*leaves, base.to(dtype), 0.1, 0.0)
+        results.append([output, *torch.autograd.grad((output * weights.to(dtype)).sum(), leaves)])
+    assert [tensor.dtype for tensor in results[1]] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    for exact, rounded in zip(*results, strict=True):
+        assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
+def test_whole_update_equals_a_padded_one(quantised):
+    samples = random_samples(LENGTHS)
+    fused, plain = adapted(quantised), adapted(quantised)
+    fuse_projections(fused)
+    loss, expected = fused(**collate(samples)).loss, padded_loss(plain, samples)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    wanted = gradients(plain, expected)
+    for name, grad in gradients(fused, loss).items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_empty_micro_batch_gives_zero_gradients(quantised):
+    model = adapted(quantised)
+    fuse_projections(model)
+    grads = gradients(model, model(**collate([])).loss)
+    assert len(grads) == 28 and not any(grad.count_nonzero() for grad in grads.values())
+
+
+def test_adapter_on_disk_is_pefts_own(quantised, tmp_path):
+    model = adapted(quantised)
+    names = list(model.state_dict())
+    fuse_projections(model)
+    assert list(model.state_dict()) == names
+    model.eval().save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(quantised), tmp_path / "adapter").eval()
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_disabled_adapter_and_evaluation_follow_peft(quantised):
+    ids = torch.tensor([[5, 6, 7]])
+    model = adapted(quantised, dropout=0.5).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with model.disable_adapter():
+            expected_base = model(input_ids=ids).logits
+    fuse_projections(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, expected_base)
+
+
+def test_generation_works_with_everything_switched_on(quantised):
+    model = adapted(quantised)
+    fuse_projections(model)
+    checkpoint_layers(model, 2)
+    ids = torch.tensor([[5, 6, 7]])
+    output = model.eval().generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False
+    )
+    assert output.shape == (1, 7)
+
+
+def test_uncovered_layers_keep_pefts_path_and_say_so(caplog):
+    model = get_peft_model(tiny_native(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2, use_dora=True))
+    with caplog.at_level(logging.WARNING):
+        assert fuse_projections(model) == 0
+    assert caplog.text.count("keep peft's slower path") == 1 and "4 LoRA layers" in caplog.text
+
+
+def test_a_16_bit_base_is_fused_too():
+    samples = random_samples(LENGTHS)
+    model = attach_lora(enable_chunked_loss(tiny_native()), 4, 8, 0.0)
+    plain = copy.deepcopy(model)
+    assert fuse_projections(model) == 14
+    loss, expected = model(**collate(samples[:1])).loss, plain(**collate(samples[:1])).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2, 9])
+def test_exactly_the_named_layers_are_recomputed(quantised, num_layers):
+    model = adapted(quantised)
+    calls = [0, 0]
+    for index, layer in enumerate(model.get_decoder().layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    assert checkpoint_layers(model, num_layers) == min(num_layers, 2)
+    model(**collate(random_samples(LENGTHS))).loss.backward()
+    assert calls == [1 + (index < num_layers) for index in range(2)]
+
+
+def test_a_model_without_the_projections_is_refused():
+    with pytest.raises(UserError, match="has none of the layers"):
+        attach_lora(torch.nn.Sequential(torch.nn.Linear(2, 2)), 2, 2, 0.0)
