@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from scripts.settings import read_example
 from tests.tiny.session import tiny_baichuan, tiny_baichuan_original, tiny_qwen, tiny_qwen_original  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+OUTPUT = {"capture_output": True, "text": True}
 NOT_COPIED = {".git", ".venv", ".env", ".cache", "logs", "outputs", "__pycache__", ".pytest_cache", ".ruff_cache"}
 
 # Without PASSIVE, libgomp's spinning threads of parallel tests take the cores from each other.
@@ -28,3 +30,14 @@ def checkout(tmp_path: Path) -> Path:
     target = tmp_path / "checkout"
     shutil.copytree(REPOSITORY, target, ignore=lambda _, names: NOT_COPIED.intersection(names))
     return target
+
+
+@pytest.fixture
+def make(checkout: Path):
+    """Run make in the checkout, e.g. make("config", "SOURCE=x", environment={...}); returns the completed process."""
+
+    def run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        variables = {**os.environ, **(environment or {})}
+        return subprocess.run(["make", *arguments], cwd=checkout, env=variables, stdin=subprocess.DEVNULL, **OUTPUT)
+
+    return run

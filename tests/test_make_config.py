@@ -1,0 +1,116 @@
+"""make with and without .env: what config shows, what is refused and how, and the exact command of every step."""
+
+import shlex
+
+import pytest
+
+PLACES = {
+    "ENVS_DIR": "/envs",
+    "BASE_MODEL_DIR": "/models",
+    "QWEN_MODEL_DIR": "/models/my qwen",
+    "QWEN_OUTPUT_DIR": "/out",
+    "QWEN_ADAPTER_DIR": "/out/final",
+    "QWEN_MERGED_DIR": "/merged",
+}
+DATA = "qwen_qlora/data/text_matching_data"
+BASE = ["--model_name_or_path", "/models/my qwen", "--load_in_4bit"]
+EVALUATION = f"--test_file {DATA}_test.jsonl --result_file {DATA}_test_result.csv --mode generate --limit 500".split()
+MODULE = ["python", "-m", "qwen_qlora.evaluation.model_evaluation"]
+COMMANDS = {
+    "quickstart": ["python3", "scripts/quickstart.py"],
+    "doctor": ["python3", "scripts/doctor.py"],
+    "doctor NET=1": ["python3", "scripts/doctor.py", "--net"],
+    "test ARGS=-x": ["bash", "scripts/test.sh", "-x"],
+    "lint": ["bash", "scripts/lint.sh"],
+    "instance": ["python3", "scripts/instance.py"],
+    "modelscope-env": ["python3", "scripts/environment.py", "modelscope_env"],
+    "gpu": ["python3", "scripts/nvidia.py", "show"],
+    "gpu-watch": ["python3", "scripts/nvidia.py", "watch"],
+    "qwen-env": ["python3", "scripts/environment.py", "qwen_env"],
+    "qwen-download SOURCE=huggingface": shlex.split(
+        "python -m qwen_qlora.qwen_download --model_id qwen/Qwen-14B-Chat --revision v1.0.8 --source huggingface "
+        "--download_dir /models --model_dir '/models/my qwen' --keep_original 1"
+    ),
+    "qwen-data": shlex.split(
+        "python -m finetune.data_report --model_dir '/models/my qwen' "
+        f"--train_file {DATA}_train.jsonl --test_file {DATA}_test.jsonl --max_seq_length 1024"
+    ),
+    "qwen-eval": [*MODULE, *BASE, "--adapter_name_or_path", "/out/final", *EVALUATION],
+    "qwen-eval QWEN_EVAL_MODEL=base": [*MODULE, *BASE, *EVALUATION],
+    "qwen-eval QWEN_EVAL_MODEL=merged QWEN_EVAL_LIMIT=": [
+        *[*MODULE, "--model_name_or_path", "/merged", *EVALUATION[:-2]],
+    ],
+    "qwen-merge": shlex.split(
+        "python -m qwen_qlora.utils.merge_lora --model_name_or_path '/models/my qwen' "
+        "--adapter_name_or_path /out/final --save_path /merged"
+    ),
+    "qwen-chat": ["python", "-m", "finetune.chat", *BASE, "--adapter_name_or_path", "/out/final"],
+}
+
+
+@pytest.mark.parametrize("target", COMMANDS)
+def test_a_dry_run_prints_the_exact_command_and_does_nothing(checkout, make, target):
+    step = target.split()[0]
+    done = make(*target.split(), "DRY_RUN=1", environment=PLACES)
+    assert done.returncode == 0, done.stderr
+    prefix = f"-----> {step}: "
+    assert done.stdout.startswith(prefix)
+    assert shlex.split(done.stdout.removeprefix(prefix)) == COMMANDS[target]
+    assert not (checkout / "logs").exists()
+
+
+def test_a_dry_run_of_training_goes_through_the_launch_script(make):
+    done = make("qwen-train", "DRY_RUN=1", 'ARGS=--learning_rate 1e-4 --output_dir "/o p"', environment=PLACES)
+    words = shlex.split(done.stdout)
+    assert words[:2] == ["----->", "qwen-train:"]
+    assert "qwen_qlora.train_qlora" in words
+    assert words[words.index("--model_name_or_path") + 1] == "/models/my qwen"
+    assert words[-4:] == ["--learning_rate", "1e-4", "--output_dir", "/o p"]
+
+
+def test_config_shows_every_key_with_its_origin_and_hides_secrets(checkout, make):
+    (checkout / ".env").write_text("HF_TOKEN=hf_abc\nSOURCE=huggingface\nPRICE_PER_HOUR=\n")
+    done = make("config", "KEEP_ORIGINAL=0", environment={"QWEN_OUTPUT_DIR": "/my out"})
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in done.stdout.splitlines()}
+    assert "hf_abc" not in done.stdout + done.stderr
+    assert lines["HF_TOKEN"].split() == ["**********", ".env"]
+    assert lines["SOURCE"].split() == ["huggingface", ".env"]
+    assert lines["PRICE_PER_HOUR"].split() == ["(empty)", ".env"]
+    assert lines["KEEP_ORIGINAL"].split() == ["0", "command", "line"]
+    assert lines["QWEN_OUTPUT_DIR"].split() == ["/my", "out", "environment"]
+    assert lines["QWEN_MODEL_DIR"].split() == ["(empty)", "not", "set"]
+    example = [line.split("=")[0] for line in (checkout / ".env.example").read_text().splitlines() if "=" in line]
+    assert list(lines) == [key for key in example if not key.startswith("#")]
+
+
+def test_a_setting_without_value_is_asked_for_before_anything_runs(checkout, make):
+    first = make("qwen-merge", "DRY_RUN=1")
+    assert first.returncode == 2 and "There is no .env yet: cp .env.example .env" in first.stderr
+    (checkout / ".env").write_text("ENVS_DIR=/envs\n")
+    second = make("qwen-merge", "DRY_RUN=1")
+    expected = "qwen-merge needs QWEN_MODEL_DIR. Set it in .env, or run: make qwen-merge QWEN_MODEL_DIR=..."
+    assert second.returncode == 2 and expected in second.stderr
+
+
+def test_a_broken_env_stops_steps_with_file_and_line_but_not_help_and_stop(checkout, make):
+    (checkout / ".env").write_text("QWEN_MODEL_DIR=/m # mine\n")
+    refused = make("qwen-chat")
+    assert refused.returncode == 2 and "error: .env:1: expected KEY=value" in refused.stderr
+    for target in ("help", "stop", "status"):
+        assert make(target).returncode == 0
+    diagnosis = make("doctor")
+    assert diagnosis.returncode != 0 and "FAIL  settings        .env:1: expected KEY=value" in diagnosis.stdout
+
+
+def test_a_changed_and_a_removed_env_are_noticed(checkout, make):
+    file = checkout / ".env"
+    for value in ("modelscope", "huggingface"):
+        file.write_text(f"SOURCE={value}\n")
+        assert f"SOURCE {value} .env" in " ".join(make("config").stdout.split())
+    file.unlink()
+    assert "SOURCE modelscope default" in " ".join(make("config").stdout.split())
+
+
+def test_an_unknown_evaluation_model_is_refused(make):
+    done = make("qwen-eval", "QWEN_EVAL_MODEL=lora", "DRY_RUN=1", environment=PLACES)
+    assert done.returncode == 2 and "QWEN_EVAL_MODEL must be base, adapter or merged, got: lora" in done.stderr
