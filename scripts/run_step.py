@@ -37,7 +37,7 @@ def run(name: str, environment: str | None, command: list[str]) -> int:
         print(announcement, flush=True)
         return 0
     state = StepState(name)
-    if state.is_running():
+    if state.has_processes():
         raise _already_running(state)
     variables = step_variables(name, environment)
     print(announcement, file=sys.stderr, flush=True)

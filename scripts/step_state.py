@@ -57,6 +57,12 @@ class StepState:
                 return True
         return False
 
+    def has_processes(self) -> bool:
+        """Whether the step runs, or processes of it were left by a supervisor that was killed."""
+        if self.is_running():
+            return True
+        return self._record.exists() and self.read()["status"] == "lost" and bool(processes_of(self.read()["mark"]))
+
     def acquire(self) -> int | None:
         """The descriptor that holds the lock, for the supervisor to inherit; None while another run has it."""
         self._lock.parent.mkdir(parents=True, exist_ok=True)

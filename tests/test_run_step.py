@@ -1,0 +1,200 @@
+"""The runner of steps: environments, signals and statuses in front; start, status, logs and stop in the background."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+RUN = ["python3", "scripts/run_step.py"]
+# A step that says when it is ready, and saves before it leaves: the shape of a training step.
+SAVES = 'trap "echo saving; sleep 0.2; echo saved; exit 143" TERM INT; echo ready; while true; do sleep 0.1; done'
+
+
+def run_step(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command, variables = [*RUN, *arguments], {**os.environ, **environment}
+    return subprocess.run(
+        command, cwd=checkout, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+    )
+
+
+def record(checkout: Path, name: str) -> dict:
+    return json.loads((checkout / "logs" / f"{name}.json").read_text())
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def exists(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """An environment whose `python` tells its name and its arguments."""
+    program = tmp_path / "envs" / "qwen_env" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/bash\necho "qwen_env python: $*; VIRTUAL_ENV=$VIRTUAL_ENV"\n')
+    program.chmod(0o755)
+    return program.parent.parent
+
+
+def test_the_programs_of_the_environment_come_first(checkout, environment):
+    done = run_step(checkout, "run", "qwen-data", "--env", str(environment), "--", "python", "-m", "x", "a b")
+    assert done.stdout == f"qwen_env python: -m x a b; VIRTUAL_ENV={environment}\n"
+    assert done.stderr == "-----> qwen-data: python -m x 'a b'\n"
+
+
+@pytest.mark.parametrize(("folder", "target"), [("qwen_env", "qwen-env"), ("llm_env", "baichuan-env")])
+def test_a_missing_environment_is_refused_with_the_target_to_run(checkout, tmp_path, folder, target):
+    done = run_step(checkout, "run", "qwen-train", "--env", str(tmp_path / folder), "--", "python", "-c", "print(1)")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: qwen-train: no environment at {tmp_path / folder}. Create it first: make {target}\n"
+
+
+def test_an_unfinished_environment_is_refused(checkout, environment):
+    (environment.parent / "qwen_env.unfinished").touch()
+    done = run_step(checkout, "run", "qwen-train", "--env", str(environment), "--", "python")
+    assert done.returncode == 2 and "is not complete. Continue it: make qwen-env" in done.stderr
+
+
+def test_in_front_the_status_is_passed_on_and_a_training_step_gets_advice(checkout):
+    failed = run_step(checkout, "run", "qwen-train", "--", "bash", "-c", "exit 7")
+    assert failed.returncode == 7
+    assert (
+        "qwen-train ended with status 7. The same command continues where it stopped: make qwen-train" in failed.stderr
+    )
+    explained = run_step(checkout, "run", "qwen-train", "--", "bash", "-c", "exit 2")
+    assert explained.returncode == 2 and "continues" not in explained.stderr
+    killed = run_step(checkout, "run", "lint", "--", "bash", "-c", "kill -9 $$")
+    assert killed.returncode == 137 and "continues" not in killed.stderr
+    missing = run_step(checkout, "run", "lint", "--", "no-such-program")
+    assert missing.returncode == 2 and "lint: cannot run no-such-program" in missing.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_in_front_a_signal_reaches_the_whole_step_once(checkout, number):
+    """A child of the step's shell counts its signals; the runner must neither die first nor send them twice."""
+    count = f"n=0; trap 'n=$((n+1))' {number.value}; echo ready; for i in 1 2 3 4 5 6 7 8; do sleep 0.1; done; echo $n"
+    shell = f"({count}) & trap : {number.value}; wait; wait; exit 5"
+    process = subprocess.Popen(
+        [*RUN, "run", "x", "--", "bash", "-c", shell], cwd=checkout, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stdout.read() == "1\n"
+    assert process.wait() == 5
+
+
+def test_values_that_are_empty_do_not_reach_the_step(checkout):
+    show = 'echo "${CUDA_VISIBLE_DEVICES-unset} ${HF_ENDPOINT-unset} ${SOURCE-unset} ${BG-unset}"'
+    done = run_step(
+        checkout, "run", "x", "--", "bash", "-c", show, CUDA_VISIBLE_DEVICES="", HF_ENDPOINT="", SOURCE="hub", BG="0"
+    )
+    assert done.stdout == "unset unset hub unset\n"
+
+
+def test_a_background_step_is_started_watched_and_stopped_through_make(checkout, make, environment):
+    """make qwen-merge BG=1, status, logs, a second start, stop; the step outlives the make that started it."""
+    (environment / "bin" / "python").write_text(f"#!/bin/bash\n{SAVES}\n")
+    settings = {"ENVS_DIR": str(environment.parent), "QWEN_MODEL_DIR": "/m", "QWEN_ADAPTER_DIR": "/a"}
+    settings |= {"QWEN_MERGED_DIR": "/merged", "PRICE_PER_HOUR": "3600"}
+    started = make("qwen-merge", "BG=1", environment=settings)
+    assert started.returncode == 0, started.stderr
+    assert "qwen-merge runs in the background" in started.stdout
+    pid = record(checkout, "qwen-merge")["pid"]
+    assert os.getsid(pid) != os.getsid(0)
+    assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null"
+
+    line = make("status").stdout.splitlines()
+    assert re.match(rf"qwen-merge +running +pid {pid} +since .+  0:00:\d\d, \d+\.\d\d yuan", line[0])
+    assert line[1] == "  ready"
+    again = make("qwen-merge", "BG=1", environment=settings)
+    assert again.returncode == 2 and "qwen-merge is already running" in again.stderr
+    assert "already running" in make("qwen-merge", environment=settings).stderr
+    assert make("logs", "STEP=qwen-merge").stdout == "ready\n"
+
+    stopped = make("stop", "STEP=qwen-merge")
+    assert stopped.returncode == 0
+    assert re.search(r"qwen-merge stopped after 0:00:\d\d, \d+\.\d\d yuan, exit status 143\.", stopped.stdout)
+    assert not exists(pid)
+    assert make("logs").stdout.endswith("saving\nsaved\n")
+    assert "Not running: qwen-merge stopped" in make("stop", "STEP=qwen-merge").stdout
+    assert "Nothing is running" in make("stop").stdout
+
+
+def test_a_background_step_that_fails_at_once_is_shown_as_failed(checkout):
+    done = run_step(checkout, "run", "qwen-train", "--", "bash", "-c", "echo no such model; exit 3", BG="1")
+    assert done.returncode == 3
+    assert "no such model" in done.stdout and "qwen-train failed after 0:00:00, exit status 3." in done.stdout
+    missing = run_step(checkout, "run", "qwen-train", "--", "no-such-program", BG="1")
+    assert missing.returncode == 2 and "cannot run no-such-program" in missing.stdout
+    assert record(checkout, "qwen-train")["status"] == "failed"
+
+
+def test_the_log_of_the_run_before_is_kept(checkout):
+    for word in ("first", "second"):
+        assert run_step(checkout, "run", "x", "--", "echo", word, BG="1").returncode == 0
+    assert (checkout / "logs" / "x.log").read_text() == "second\n"
+    assert (checkout / "logs" / "x.log.1").read_text() == "first\n"
+    assert record(checkout, "x")["status"] == "finished"
+
+
+def test_stop_kills_only_after_the_timeout_it_was_given_and_takes_those_that_left_the_session(checkout):
+    stubborn = (
+        "trap '' TERM; setsid bash -c 'trap \"\" TERM; echo $$; exec -a rank sleep 100' & while :; do sleep 0.1; done"
+    )
+    run_step(checkout, "run", "x", "--", "bash", "-c", stubborn, BG="1")
+    wait_for(lambda: (checkout / "logs" / "x.log").read_text().strip())
+    left = int((checkout / "logs" / "x.log").read_text())
+    done = run_step(checkout, "stop", "x", "--timeout", "0.5")
+    assert "it is killed after 0.5 s" in done.stdout and "did not end in 0.5 s: SIGKILL" in done.stdout
+    assert "x stopped after" in done.stdout and "exit status 137" in done.stdout
+    assert not exists(left) and not exists(record(checkout, "x")["pid"])
+
+
+def test_a_step_whose_supervisor_was_killed_is_lost_and_can_still_be_stopped(checkout):
+    run_step(checkout, "run", "x", "--", "bash", "-c", SAVES, BG="1")
+    os.kill(record(checkout, "x")["supervisor"], signal.SIGKILL)
+    pid = record(checkout, "x")["pid"]
+    wait_for(lambda: " lost " in run_step(checkout, "status").stdout)
+    assert exists(pid)
+    assert "already running" in run_step(checkout, "run", "x", "--", "true").stderr
+    assert "x was lost" in run_step(checkout, "stop").stdout
+    assert not exists(pid)
+    assert run_step(checkout, "run", "x", "--", "true").returncode == 0
+
+
+def test_logs_follow_until_the_step_ends(checkout):
+    run_step(checkout, "run", "x", "--", "bash", "-c", "echo one; sleep 2.5; echo two; exit 4", BG="1")
+    command = "import sys; sys.path.insert(0, '.'); from scripts.step_watch import follow_log; follow_log('x', True)"
+    done = subprocess.run(["python3", "-c", command], cwd=checkout, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "one\ntwo\n"
+    assert "x failed after 0:00:02, exit status 4." in done.stderr
+
+
+def test_steps_that_are_not_known_and_switches_that_are_neither_on_nor_off(checkout):
+    assert (
+        "no step qwen-trian was started in the background. Known: none yet"
+        in run_step(checkout, "logs", "qwen-trian").stderr
+    )
+    assert "BG must be 1 (on) or 0 (off), got: yes" in run_step(checkout, "run", "x", "--", "true", BG="yes").stderr
+    for name in ("x", "y"):
+        run_step(checkout, "run", name, "--", "bash", "-c", SAVES, BG="1")
+    assert re.search(
+        r"several steps are running; say which: make stop STEP=(x\|y|y\|x)", run_step(checkout, "stop").stderr
+    )
+    for name in ("x", "y"):
+        run_step(checkout, "stop", name)
