@@ -55,7 +55,7 @@ lint: ## check the style of Python and shell files
 ##@ Box
 .PHONY: instance
 instance: ## [3] prepare a rented box: directories, net-tools, vim's encodings
-	@$(call need,BASE_MODEL_DIR ENVS_DIR QWEN_OUTPUT_DIR)$(call step) python3 scripts/instance.py
+	@$(call need,BASE_MODEL_DIR ENVS_DIR QWEN_OUTPUT_DIR)$(call step) python3 scripts/instance.py $(ARGS)
 
 .PHONY: modelscope-env
 modelscope-env: ## [4-5] create modelscope_env, the environment of the downloads

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from scripts import settings  # noqa: E402
 
 DIRECTORIES = ("BASE_MODEL_DIR", "ENVS_DIR", "QWEN_OUTPUT_DIR")
+SYSTEM_PROGRAMS = ["/sbin", "/usr/sbin"]
 # Files in vim show Chinese in UTF-8 and in the older GB encodings.
 VIM_LINES = (
     "set fileencodings=utf-8,ucs-bom,gb18030,gbk,gb2312,cp936",
@@ -46,7 +47,7 @@ def make_directories(names: tuple[str, ...] = DIRECTORIES) -> list[str]:
 
 def install_net_tools() -> str:
     """Install net-tools unless its ifconfig is there already."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/sbin", "/usr/sbin"])
+    path = os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_PROGRAMS])
     if shutil.which("ifconfig", path=path):
         return "net-tools was there"
     if not shutil.which("apt-get"):
