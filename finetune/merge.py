@@ -80,6 +80,15 @@ def _copy_small_files(model_dir: Path, partial: Path) -> None:
             (partial / path.name).chmod(0o644)
 
 
+def write_merged(model_dir: Path, adapter_dir: Path, target: Path) -> None:
+    """Write the merged checkpoint's files into an existing folder; weight files that are there already stay."""
+    tied = bool((_read_json(model_dir / "config.json") or {}).get("tie_word_embeddings"))
+    lora = LoraWeights(adapter_dir, tensor_places(model_dir), tied)
+    _write_weights(shard_files(model_dir), lora, target)
+    _copy_small_files(model_dir, target)
+    print(f"merged: {len(lora.updates)} updated and {len(lora.replacements)} replaced tensors")
+
+
 def _is_done(save_path: Path, plan: dict[str, Any]) -> bool:
     """Whether this very merge lies there. Raises UserError when something else does."""
     if not save_path.exists() or (save_path.is_dir() and not any(save_path.iterdir())):
@@ -109,13 +118,9 @@ def merge_adapter(model_name_or_path: str | Path, adapter_name_or_path: str | Pa
     if _is_done(save_path, plan):
         print(f"already done: {save_path}")
         return
-    tied = bool((_read_json(model_dir / "config.json") or {}).get("tie_word_embeddings"))
-    lora = LoraWeights(adapter_dir, tensor_places(model_dir), tied)
     partial = save_path.with_name(save_path.name + ".partial")
     _open_partial(partial, plan)
-    _write_weights(shard_files(model_dir), lora, partial)
-    _copy_small_files(model_dir, partial)
-    print(f"merged: {len(lora.updates)} updated and {len(lora.replacements)} replaced tensors")
+    write_merged(model_dir, adapter_dir, partial)
     check = check_merge(model_dir, adapter_dir, partial)
     names = {"model_name_or_path": str(model_dir), "adapter_name_or_path": str(adapter_dir)}
     _write_json(partial / MARKER, {**names, **plan, "check": check})

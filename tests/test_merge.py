@@ -1,0 +1,213 @@
+"""Merging an adapter: equal to peft's merge and to base + adapter, refused where it can't be exact, resumable."""
+
+import json
+import shutil
+import stat
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import finetune.merge
+from finetune.errors import UserError
+from finetune.merge import merge_adapter, write_merged
+from finetune.merge_check import LIMITS, compare, compute_logits, require_rounding_only
+from finetune.models import load_for_inference
+from qwen_qlora.utils import merge_lora
+from tests.adapters import make_adapter
+
+IDS = torch.tensor([[5, 17, 300, 42, 7, 1999, 3]])
+
+
+def read_tensors(folder):
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_qwen, tmp_path_factory):
+    return make_adapter(tiny_qwen, tmp_path_factory.mktemp("merge") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def base32(tiny_qwen, tmp_path_factory):
+    """The tiny model in float32, with weights that no 16-bit number holds."""
+    folder = tmp_path_factory.mktemp("merge32") / "base"
+    shutil.copytree(tiny_qwen, folder)
+    for file in folder.glob("*.safetensors"):
+        save_file({k: v.float() * 1.001 for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    return folder
+
+
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "biases": {"bias": "all"},
+    "whole layers": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "output layer": {"target_modules": ["q_proj", "lm_head"]},
+    "patterns": {"rank_pattern": {"q_proj": 2, "1.mlp.up_proj": 6}, "alpha_pattern": {"0.self_attn.q_proj": 3}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_merge_equals_peft_and_base_plus_adapter(base32, tmp_path, name):
+    adapter = make_adapter(base32, tmp_path / "adapter", **VARIANTS[name])
+    merged_dir = tmp_path / "merged"
+    merged_dir.mkdir()
+    write_merged(base32, adapter, merged_dir)
+    adapted, _ = load_for_inference(base32, adapter)
+    merged, _ = load_for_inference(merged_dir)
+    with torch.inference_mode():
+        base_logits = load_for_inference(base32)[0](input_ids=IDS).logits
+        expected, found = adapted(input_ids=IDS).logits, merged(input_ids=IDS).logits
+    assert (expected - base_logits).abs().max() > 0.05, "the adapter should matter"
+    assert (expected - found).abs().max() < 2e-6 * max(1.0, float(expected.abs().max()))
+    theirs = adapted.merge_and_unload().state_dict()
+    ours = read_tensors(merged_dir)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, atol=1e-6, rtol=1e-6)
+
+
+def test_16_bit_weights_are_rounded_once_and_untouched_ones_stay(tiny_qwen, adapter, tmp_path):
+    write_merged(tiny_qwen, adapter, tmp_path)
+    base, merged = read_tensors(tiny_qwen), read_tensors(tmp_path)
+    lora = load_file(adapter / "adapter_model.safetensors")
+    touched = {key.split("base_model.model.")[1].split(".lora_")[0] + ".weight" for key in lora}
+    assert len(touched) == 14 and touched < base.keys() == merged.keys()
+    for name, weight in base.items():
+        assert merged[name].dtype == weight.dtype == torch.bfloat16
+        if name in touched:
+            prefix = "base_model.model." + name.removesuffix(".weight")
+            a, b = lora[prefix + ".lora_A.weight"].double(), lora[prefix + ".lora_B.weight"].double()
+            exact = weight.double() + 8 / 4 * b @ a
+            # half a unit in the last place of bfloat16's 8 bits, and fp32's own rounding
+            assert ((merged[name].double() - exact).abs() <= exact.abs() * 2**-8 + 1e-7).all()
+        else:
+            assert torch.equal(merged[name], weight)
+
+
+def change_config(adapter_dir, **settings):
+    path = adapter_dir / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"init_lora_weights": "pissa"}, "changed the base model"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"an_option_of_next_year": 3}, "an_option_of_next_year=3"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
+    ],
+)
+def test_what_has_no_exact_merge_is_refused(tiny_qwen, adapter, tmp_path, settings, reason):
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    change_config(copy, **settings)
+    with pytest.raises(UserError, match=f"cannot be merged exactly: .*{reason}"):
+        write_merged(tiny_qwen, copy, tmp_path)
+
+
+def test_adapted_and_shared_embeddings_are_refused(tiny_qwen, tmp_path):
+    embedding = make_adapter(tiny_qwen, tmp_path / "embedding", target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(UserError, match="lora_embedding_A"):
+        write_merged(tiny_qwen, embedding, tmp_path)
+    whole = make_adapter(tiny_qwen, tmp_path / "whole", modules_to_save=["embed_tokens"])
+    tied = shutil.copytree(tiny_qwen, tmp_path / "tied")
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(UserError, match="shares with its output layer"):
+        write_merged(tied, whole, tmp_path)
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tiny_qwen, adapter, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(UserError, match="not enough disk for the merged model"):
+        write_merged(tiny_qwen, adapter, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_forgotten_adapter_is_found_by_the_check(tiny_qwen, adapter, tmp_path):
+    compute_logits(tiny_qwen, adapter, tmp_path / "adapter.safetensors")
+    compute_logits(tiny_qwen, None, tmp_path / "base.safetensors")
+    expected, found = load_file(tmp_path / "adapter.safetensors"), load_file(tmp_path / "base.safetensors")
+    assert torch.equal(expected["base_logits"], found["logits"])
+    result = compare(expected, found)
+    assert result["max_abs_difference"] == result["adapter_max_abs_effect"] > 0
+    assert result["relative_rms_difference"] > LIMITS["bfloat16"]
+    with pytest.raises(UserError, match="not marked as done"):
+        require_rounding_only(result, "bfloat16", tmp_path)
+    with pytest.raises(UserError, match="other token ids"):
+        compare(expected, found | {"token_ids": found["token_ids"] + 1})
+
+
+def test_compare_by_hand():
+    want = torch.tensor([[1.0, 3.0], [0.0, 4.0]])  # mean 2, mean square around it (1 + 1 + 4 + 4) / 4
+    have = torch.tensor([[1.0, 3.0], [4.0, 0.0]])  # squared difference (16 + 16) / 4
+    ids = torch.tensor([1, 2])
+    result = compare({"token_ids": ids, "logits": want, "base_logits": want + 0.5}, {"token_ids": ids, "logits": have})
+    assert result["max_abs_difference"] == 4
+    assert result["relative_rms_difference"] == pytest.approx((8 / 2.5) ** 0.5)
+    assert result["argmax_agreement"] == 0.5
+    assert result["adapter_max_abs_effect"] == 0.5
+    assert result["tokens"] == 2
+
+
+def test_an_interrupted_merge_goes_on_and_a_finished_one_says_so(tiny_qwen, adapter, tmp_path, monkeypatch, capsys):
+    save_path = tmp_path / "merged"
+    partial = tmp_path / "merged.partial"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune.merge, "check_merge", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        merge_adapter(tiny_qwen, adapter, save_path)
+    monkeypatch.undo()
+    assert not save_path.exists()
+    first, second = sorted(partial.glob("*.safetensors"))[:2]
+    second.unlink()
+    written = first.stat().st_mtime_ns
+
+    words = {"--model_name_or_path": tiny_qwen, "--adapter_name_or_path": adapter, "--save_path": save_path}
+    monkeypatch.setattr(sys, "argv", ["merge_lora", *(str(word) for pair in words.items() for word in pair)])
+    merge_lora.main()
+    output = capsys.readouterr().out
+    assert "max abs difference" in output and "argmax agreement" in output
+    assert not partial.exists()
+    assert (save_path / first.name).stat().st_mtime_ns == written
+
+    copied = {path.name for path in tiny_qwen.iterdir()} - {"conversion.json"}
+    assert {path.name for path in save_path.iterdir()} == copied | {"merge.json"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in save_path.iterdir()} == {0o644}
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
+        assert (save_path / name).read_bytes() == (tiny_qwen / name).read_bytes()
+    check = json.loads((save_path / "merge.json").read_text())["check"]
+    assert check["dtype"] == "bfloat16" and check["argmax_agreement"] > 0.9
+    assert check["relative_rms_difference"] < 0.02 < check["adapter_max_abs_effect"]
+
+    capsys.readouterr()
+    merge_adapter(tiny_qwen, adapter, save_path)
+    assert capsys.readouterr().out == f"already done: {save_path}\n"
+    other = make_adapter(tiny_qwen, tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="holds the merge of"):
+        merge_adapter(tiny_qwen, other, save_path)
+    with pytest.raises(UserError, match="was trained on"):
+        merge_adapter(save_path, adapter, tmp_path / "twice")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").touch()
+    with pytest.raises(UserError, match="no merged model"):
+        merge_adapter(tiny_qwen, adapter, tmp_path / "foreign")
+    with pytest.raises(UserError, match="expected a new folder"):
+        merge_adapter(tiny_qwen, adapter, adapter)

@@ -1,0 +1,122 @@
+"""Loading for inference, and the words when a folder is not what it should be."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import UserError
+from finetune.identity import adapter_fingerprint, check_adapter, fingerprint, record_base
+from finetune.models import check_model_dir, load_for_inference
+from qwen_qlora.component.utils import ModelUtils
+from tests.adapters import make_adapter
+
+IDS = torch.tensor([[5, 17, 300, 42, 7]])
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_qwen, tmp_path_factory):
+    """A LoRA adapter with random weights on the tiny model."""
+    return make_adapter(tiny_qwen, tmp_path_factory.mktemp("models") / "adapter")
+
+
+@torch.inference_mode()
+def logits(model):
+    return model(input_ids=IDS).logits[0].float()
+
+
+def test_base_adapter_and_four_bits(tiny_qwen, adapter):
+    base, tokenizer = load_for_inference(tiny_qwen)
+    assert base.dtype == torch.float32 and not base.training
+    assert tokenizer.decode(tokenizer("你好", add_special_tokens=False)["input_ids"]) == "你好"
+    adapted, _ = ModelUtils.load_model(str(tiny_qwen), adapter_name_or_path=str(adapter))
+    assert (logits(base) - logits(adapted)).abs().max() > 0.01
+    with adapted.disable_adapter():
+        assert torch.equal(logits(base), logits(adapted))
+    quantised, _ = ModelUtils.load_model(str(tiny_qwen), load_in_4bit=True, adapter_name_or_path=str(adapter))
+    from bitsandbytes.nn import Linear4bit
+
+    assert isinstance(quantised.get_base_model().model.layers[0].mlp.up_proj.base_layer, Linear4bit)
+    difference = (logits(quantised) - logits(adapted)).abs().max()
+    assert 0 < difference < 0.5 * logits(adapted).abs().max()
+    half, _ = load_for_inference(tiny_qwen, dtype="bfloat16")
+    assert half.dtype == torch.bfloat16
+
+
+def test_folders_that_hold_no_model(tmp_path, tiny_qwen_original):
+    with pytest.raises(UserError, match="nothing there. Run `make qwen-download`"):
+        check_model_dir(tmp_path / "missing")
+    with pytest.raises(UserError, match="no config.json"):
+        check_model_dir(tmp_path)
+    with pytest.raises(UserError, match="python -m finetune.checkpoint"):
+        check_model_dir(tiny_qwen_original)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(UserError, match="expected weights"):
+        check_model_dir(tmp_path)
+
+
+def test_fingerprints_tell_weights_apart_and_not_how_they_are_stored(tiny_qwen, tmp_path):
+    tensors = {}
+    for file in tiny_qwen.glob("*.safetensors"):
+        tensors |= load_file(file)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) == fingerprint(tiny_qwen)
+    weight = tensors["model.layers.1.mlp.up_proj.weight"]
+    weight[weight.shape[0] // 2, 0] += 0.01
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) != fingerprint(tiny_qwen)
+
+
+def test_an_adapter_fingerprint_knows_alpha(adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    assert adapter_fingerprint(copy) == adapter_fingerprint(adapter)
+    change_config(copy, lora_alpha=99)
+    assert adapter_fingerprint(copy) != adapter_fingerprint(adapter)
+
+
+def change_config(adapter_dir, **settings):
+    path = adapter_dir / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.fixture
+def other_base(tiny_qwen, tmp_path):
+    """A model of the same shapes and name, with one weight matrix changed."""
+    folder = shutil.copytree(tiny_qwen, tmp_path / "elsewhere" / tiny_qwen.name)
+    for file in folder.glob("*.safetensors"):
+        save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file)
+    return folder
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_qwen, other_base, adapter, tmp_path):
+    with pytest.raises(UserError, match="was trained on"):
+        load_for_inference(other_base, adapter)
+    moved = shutil.copytree(tiny_qwen, tmp_path / "moved")
+    check_adapter(adapter, moved)  # the same weights in another place are the same base
+
+    # where the base of old is gone: its name decides, unless training left a record of its weights
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    change_config(copy, base_model_name_or_path=f"/gone/{tiny_qwen.name}")
+    check_adapter(copy, other_base)
+    with pytest.raises(UserError, match="/gone"):
+        check_adapter(copy, moved)
+    record_base(copy, tiny_qwen)
+    check_adapter(copy, moved)
+    with pytest.raises(UserError, match="was trained on"):
+        check_adapter(copy, other_base)
+
+
+def test_an_adapter_of_another_shape_is_refused(tiny_qwen, adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(copy / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    save_file(tensors | {name: tensors[name][:, 1:].contiguous()}, copy / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="does not fit"):
+        check_adapter(copy, tiny_qwen)
+
+
+def test_a_folder_without_adapter_names_the_step(tiny_qwen, tmp_path):
+    with pytest.raises(UserError, match="make qwen-train"):
+        load_for_inference(tiny_qwen, tmp_path)
