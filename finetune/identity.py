@@ -1,7 +1,7 @@
 """Which model is this? A fingerprint of its weights, and the check that an adapter was trained on them.
 
-Reads a few kilobytes of every tensor, so a 28 GB checkpoint takes a moment and no memory. Training writes
-`base_model.json` into the adapter's folder with record_base; check_adapter reads it.
+Reads a few kilobytes of every tensor, so a 28 GB checkpoint takes a moment and no memory. Training puts
+the fingerprint into the marker of every checkpoint (finetune/saving.py).
 """
 
 import hashlib
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.saving import read_marker
 from finetune.tensor_files import Place, read_header, tensor_places
 
-BASE_RECORD = "base_model.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAMPLE_BYTES = 4096
 LORA_PREFIX = "base_model.model."
@@ -52,11 +52,9 @@ def adapter_fingerprint(adapter_dir: str | Path) -> str:
     return hashlib.sha256(text + b"".join(_samples(places))).hexdigest()
 
 
-def record_base(adapter_dir: str | Path, model_dir: str | Path) -> None:
-    """Write beside an adapter which weights it was trained on."""
-    record = {"path": str(model_dir), "fingerprint": fingerprint(model_dir)}
-    path = Path(adapter_dir) / BASE_RECORD
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def recorded_base(adapter_dir: str | Path) -> str | None:
+    """Fingerprint of the base model, from the marker that training wrote; None for adapters from elsewhere."""
+    return (read_marker(adapter_dir) or {}).get("identity", {}).get("base_model")
 
 
 def read_adapter_config(adapter_dir: str | Path) -> dict[str, Any]:
@@ -72,10 +70,9 @@ def check_adapter(adapter_dir: str | Path, model_dir: str | Path) -> None:
     """Raise UserError unless the adapter belongs to this base model: by fingerprint where known, by name, by shapes."""
     adapter_dir, model_dir = Path(adapter_dir), Path(model_dir)
     trained_on = Path(read_adapter_config(adapter_dir).get("base_model_name_or_path") or "")
-    record = adapter_dir / BASE_RECORD
-    if record.exists():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        same, trained_on = known["fingerprint"] == fingerprint(model_dir), Path(known["path"])
+    recorded = recorded_base(adapter_dir)
+    if recorded:
+        same = recorded == fingerprint(model_dir)
     elif (trained_on / "config.json").exists():
         same = trained_on.samefile(model_dir) or fingerprint(trained_on) == fingerprint(model_dir)
     else:

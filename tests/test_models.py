@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
-from finetune.identity import adapter_fingerprint, check_adapter, fingerprint, record_base
+from finetune.identity import adapter_fingerprint, check_adapter, fingerprint
 from finetune.models import check_model_dir, load_for_inference
 from qwen_qlora.component.utils import ModelUtils
 from tests.adapters import make_adapter
@@ -102,7 +102,8 @@ def test_an_adapter_of_another_base_is_refused(tiny_qwen, other_base, adapter, t
     check_adapter(copy, other_base)
     with pytest.raises(UserError, match="/gone"):
         check_adapter(copy, moved)
-    record_base(copy, tiny_qwen)
+    marker = {"identity": {"base_model": fingerprint(tiny_qwen)}}
+    (copy / "complete.json").write_text(json.dumps(marker))
     check_adapter(copy, moved)
     with pytest.raises(UserError, match="was trained on"):
         check_adapter(copy, other_base)
