@@ -1,6 +1,8 @@
 """make with and without .env: what config shows, what is refused and how, and the exact command of every step."""
 
+import os
 import shlex
+import subprocess
 
 import pytest
 
@@ -66,6 +68,19 @@ def test_a_dry_run_of_training_goes_through_the_launch_script(make):
     assert "qwen_qlora.train_qlora" in words
     assert words[words.index("--model_name_or_path") + 1] == "/models/my qwen"
     assert words[-4:] == ["--learning_rate", "1e-4", "--output_dir", "/o p"]
+
+
+def test_the_launch_script_by_hand_does_what_make_does(checkout, make, tmp_path):
+    """From any directory, with the settings of .env, where the environment wins."""
+    lines = [f"{key}={value}" for key, value in PLACES.items() if " " not in value]
+    (checkout / ".env").write_text("\n".join([*lines, "QWEN_MODEL_DIR=/models/from-file", "CUDA_VISIBLE_DEVICES="]))
+    environment = {**os.environ, "QWEN_OUTPUT_DIR": "/out/from environment", "DRY_RUN": "1"}
+    command = ["bash", str(checkout / "qwen_qlora" / "train_qwen_qlora.sh"), "--seed", "7"]
+    by_hand = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    words = shlex.split(by_hand)
+    assert words[words.index("--model_name_or_path") + 1] == "/models/from-file"
+    assert words[words.index("--output_dir") + 1] == "/out/from environment"
+    assert by_hand == make("qwen-train", "ARGS=--seed 7", environment=environment).stdout
 
 
 def test_config_shows_every_key_with_its_origin_and_hides_secrets(checkout, make):

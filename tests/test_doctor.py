@@ -1,0 +1,89 @@
+"""What the doctor finds, on machines made up for it."""
+
+import http.server
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from scripts import doctor
+from scripts.nvidia import Card
+
+
+def level_and_text(findings: list, subject: str) -> tuple[str, str]:
+    return next((level, text) for level, name, text in findings if name == subject)
+
+
+@pytest.mark.parametrize(
+    ("memory_mib", "driver", "card_level", "driver_fails"),
+    [(46068, "580.65.06", "ok", False), (24564, "580.65.06", "warn", False), (46068, "550.54", "ok", True)],
+)
+def test_cards(monkeypatch, memory_mib, driver, card_level, driver_fails):
+    monkeypatch.delenv("TORCH_INDEX_URL", raising=False)
+    monkeypatch.setattr(doctor, "find_cards", lambda: [Card(0, "NVIDIA A40", memory_mib, driver)])
+    monkeypatch.setattr(doctor, "cuda_version", lambda: "12.4")
+    findings = doctor.check_cards()
+    assert level_and_text(findings, "card")[0] == card_level
+    assert f"driver {driver}" in level_and_text(findings, "card")[1]
+    assert any(level == "FAIL" and "cu126" in text for level, _, text in findings) == driver_fails
+
+
+def test_memory_is_the_container_s_where_that_is_less(tmp_path):
+    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    meminfo.write_text("MemTotal:       80000000 kB\nMemFree:        1 kB\n")
+    assert doctor.check_memory(meminfo, limit) == [("ok", "memory", "82 GB")]
+    limit.write_text("max\n")
+    assert doctor.check_memory(meminfo, limit)[0][0] == "ok"
+    limit.write_text("4000000000\n")
+    level, _, text = doctor.check_memory(meminfo, limit)[0]
+    assert (level, text[:5]) == ("warn", "4 GB;")
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    for key in doctor.DISK_GB:
+        monkeypatch.setenv(key, str(tmp_path / key / "deeper"))
+    monkeypatch.setenv("QWEN_MODEL_ID", "qwen/Qwen-14B-Chat")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("free", "level"), [(91.3e9, "ok"), (91.1e9, "FAIL")])
+def test_disk_is_compared_with_three_copies_of_the_model_and_two_checkpoints(places, monkeypatch, free, level):
+    """3 x 28.3 GB + 6.3 GB = 91.2 GB."""
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    found = doctor.check_disks()
+    assert len(found) == 1 and found[0][0] == level
+    assert ("KEEP_ORIGINAL=0" in found[0][2]) == (level == "FAIL")
+
+
+def test_what_is_on_the_disk_already_is_not_asked_for_again(places, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=63.2e9))
+    weights = places / "QWEN_MODEL_DIR" / "deeper" / "model-00001-of-00002.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    assert "takes 63 GB more" in doctor.check_disks()[0][2]
+
+
+def test_the_hub_is_asked_only_when_asked_to(monkeypatch):
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("SOURCE", "huggingface")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    assert doctor.check_net() == [("ok", "net", f"127.0.0.1:{server.server_port} answers")]
+    server.shutdown()
+    server.server_close()
+    level, _, text = doctor.check_net()[0]
+    assert level == "FAIL" and "HF_ENDPOINT in .env" in text
+
+
+def test_make_doctor_looks_at_this_machine_and_names_the_environment_to_make(checkout, make, tmp_path):
+    (checkout / ".env").write_text(f"ENVS_DIR={tmp_path}\nENV_MANAGER=venv\n")
+    (tmp_path / "qwen_env").mkdir()
+    (tmp_path / "qwen_env" / "requirements.sha256").touch()
+    done = make("doctor")
+    lines = {line.split()[1]: line for line in done.stdout.splitlines()}
+    assert lines["settings"].startswith("ok")
+    assert lines["qwen_env"] == f"ok    qwen_env        {tmp_path}/qwen_env"
+    assert lines["modelscope_env"] == "warn  modelscope_env  not there yet: make modelscope-env"
+    assert lines["memory"].endswith("GB") or "GB;" in lines["memory"]
+    assert "net" not in lines
