@@ -2,8 +2,9 @@
 
     python -m qwen_qlora.train_qlora --train_args_file qwen_qlora/config/qwen-14b-qlora.json --learning_rate 1e-4
 
-A flag beats the JSON file, the JSON file beats the default. Every key of the file must be a field of one of the dataclasses:
-an unknown or mistyped one is refused with the nearest name. Nothing heavy is imported here, so `--help` answers at once.
+A flag beats the JSON file, the JSON file beats the default. Every key of the file must be a field of one of the
+dataclasses: an unknown or mistyped one is refused with the nearest name. Nothing heavy is imported here, so `--help`
+answers at once.
 """
 
 import argparse
@@ -50,9 +51,7 @@ def _option(default: Any, text: str, choices: tuple[str, ...] | None = None, at_
 class ModelArguments:
     """Which model is trained."""
 
-    model_name_or_path: str | None = _option(
-        None, "folder of the native base checkpoint (`make qwen-download` makes it)"
-    )
+    model_name_or_path: str | None = _option(None, "folder of the native base checkpoint (make qwen-download)")
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,7 @@ class DataArguments:
 
     train_file: str | None = _option(None, ".jsonl file of training rows")
     eval_file: str | None = _option(None, ".jsonl file of rows whose loss is measured while training")
-    eval_split_percentage: float = _option(
-        0.0, "without eval_file: percent of the training rows held out instead", at_least=0
-    )
+    eval_split_percentage: float = _option(0.0, "without eval_file: percent of training rows held out", at_least=0)
     max_seq_length: int = _option(1024, "tokens; a longer row is cut so that supervised tokens remain", at_least=8)
 
 
@@ -103,9 +100,7 @@ class TrainArguments:
     fp16: bool = _option(False, "16-bit computation; bfloat16 where the device has it")
     bf16: bool = _option(False, "bfloat16 computation, also on a CPU")
     report_to: str = _option("none", "where curves go besides loss.png", choices=("none", "tensorboard"))
-    dataloader_num_workers: int = _option(
-        0, "accepted and not needed: rows are encoded once and stay in memory", at_least=0
-    )
+    dataloader_num_workers: int = _option(0, "not needed: rows are encoded once and stay in memory", at_least=0)
     deepspeed: str | None = _option(None, "DeepSpeed configuration file")
     local_rank: int = _option(-1, "set by launchers", at_least=-1)
 
@@ -204,7 +199,7 @@ def _check_range(where: str, item: Field, value: Any) -> None:
         raise UserError(f"{where} must be at least {at_least}, found {value}.")
 
 
-def _boolean(text: str) -> bool:
+def bool_(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() in ("true", "1")
@@ -221,7 +216,7 @@ def _build_parser(description: str | None) -> argparse.ArgumentParser:
     for room in ROOMS:
         group = parser.add_argument_group(room.__doc__.splitlines()[0])
         for item in fields(room):
-            kind = _boolean if _plain_type(item) is bool else _plain_type(item)
+            kind = bool_ if _plain_type(item) is bool else _plain_type(item)
             text = f"{item.metadata['help']} [{item.default}]".replace("%", "%%")
             names = [f"--{item.name}"] + (["--local-rank"] if item.name == "local_rank" else [])
             group.add_argument(

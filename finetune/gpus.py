@@ -1,4 +1,4 @@
-"""Graphics cards by name: memory, bf16 product rate, links. For plans about cards one does not have yet, and for the share of the peak.
+"""Graphics cards by name: memory, bf16 rate, links. For plans about any card and for the share of the peak.
 
 Rates are the makers' dense figures with 32-bit accumulation; where a card has no bf16 (V100, T4) it is the fp16 one.
 """
@@ -6,7 +6,7 @@ Rates are the makers' dense figures with 32-bit accumulation; where a card has n
 from dataclasses import dataclass
 
 GIB = 2**30
-# One H100 SXM measured 784-794 TFLOP/s in an 8192-cubed bf16 product, 0.79 of the datasheet's 989; taken for every card.
+# An H100 SXM measured 784-794 TFLOP/s in an 8192-cubed bf16 product, 0.79 of the datasheet's 989; taken for all cards.
 REACHABLE_SHARE = 0.79
 
 
@@ -26,7 +26,7 @@ class Gpu:
         return self.peak_tflops * 1e12 * REACHABLE_SHARE
 
 
-# Sources: NVIDIA datasheets of each card ("Tensor core, BF16, dense"); links: NVLink per direction, else PCIe 3/4/5 x16.
+# Sources: NVIDIA datasheets of each card (BF16 tensor core, dense); links: NVLink per direction, else PCIe 3/4/5 x16.
 # GeForce and workstation Ada: appendix tables of NVIDIA's Ada and Ampere GA102 whitepapers (FP16 with FP32 accumulate).
 GPUS = (
     Gpu("H200", 139.8, 989.0, 450),
@@ -65,7 +65,7 @@ def named_gpu(name: str) -> Gpu | None:
 
 
 def found_gpu(device_name: str, memory_gib: float) -> Gpu | None:
-    """The card a driver calls `device_name` ("NVIDIA A100-SXM4-80GB"), the one of nearest memory where there are several."""
+    """The card a driver calls `device_name` ("NVIDIA A100-SXM4-80GB"); of several the one with the nearest memory."""
     words = _letters(device_name)
     models = [gpu for gpu in GPUS if _letters(gpu.name.removeprefix("RTX-").partition("-")[0]) in words]
     if "PCIE" in words and any("PCIE" in gpu.name for gpu in models):

@@ -2,11 +2,12 @@
 
     python -m finetune.launch torchrun --standalone --nproc_per_node 2 -m qwen_qlora.train_qlora --train_args_file ...
 
-Launchers do two things badly: torchrun kills its ranks 30 seconds after a SIGTERM, less than an update and a checkpoint of a
-large model may take, and deepspeed's launcher leaves them behind; and both answer 1 whatever a rank's exit status was.
-So the launcher runs in a session of its own, SIGTERM and SIGINT go to the ranks alone, which finish their update, save and
-leave; nothing of the launcher's session outlives this process; and the status the ranks noted is the one given back:
-143 or 130 after a signal, 2 for an error that was explained, else the launcher's own. Standard library only.
+Launchers do two things badly: torchrun kills its ranks 30 seconds after a SIGTERM, less than an update and a
+checkpoint of a large model may take, and deepspeed's launcher leaves them behind; and both answer 1 whatever a rank's
+exit status was. So the launcher runs in a session of its own, SIGTERM and SIGINT go to the ranks alone, which finish
+their update, save and leave; nothing of the launcher's session outlives this process; and the status the ranks noted
+is the one given back: 143 or 130 after a signal, 2 for an error that was explained, else the launcher's own. Standard
+library only.
 """
 
 import ctypes
@@ -27,6 +28,7 @@ from finetune.errors import UserError, run_main
 STATUS_DIR = "FINETUNE_STATUS_DIR"
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 ORPHAN_GRACE_SECONDS = 5.0
+OTHER_RANKS_SECONDS = 20.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -34,7 +36,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def run_rank(main: Callable[[], int | None]) -> NoReturn:
-    """run_main for a program that may be one rank of several: an error all ranks meet is printed once, the status is noted."""
+    """run_main for a program that may be one rank of several: an error of all is printed once, the status noted."""
     try:
         run_main(lambda: _print_once(main))
     except SystemExit as leaving:
@@ -42,9 +44,9 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
     folder = os.environ.get(STATUS_DIR)
     if folder and status:
         (Path(folder) / f"rank-{os.environ.get('RANK', '0')}").write_text(str(status))
-        # With a status other than 0 torchrun prints a failure report. Here nothing failed, or the error is printed
-        # already and no other rank waits for this one.
-        if status in STOPPED or os.environ.get("WORLD_SIZE", "1") == "1":
+        # With another status than 0 launchers add a report of their own to what is explained already. Ranks that should
+        # wait for this one in vain are ended by run_launcher.
+        if status in (*STOPPED, 2):
             status = 0
     sys.stdout.flush()
     sys.exit(status)
@@ -141,6 +143,19 @@ def _noted_status(folder: Path) -> int | None:
     return statuses[0] if statuses else None
 
 
+def _wait(launcher: subprocess.Popen, folder: Path) -> int:
+    """Status of the launcher; it is not waited for much longer than for the first rank that left with an error."""
+    deadline = None
+    while True:
+        try:
+            return launcher.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            if deadline is None and _noted_status(folder) not in (None, *STOPPED):
+                deadline = time.monotonic() + OTHER_RANKS_SECONDS
+            if deadline is not None and time.monotonic() > deadline:
+                _end_session(launcher.pid)
+
+
 def run_launcher(command: list[str]) -> int:
     """Run the launcher to its end and return the status to leave with."""
     received: list[int] = []
@@ -162,7 +177,7 @@ def run_launcher(command: list[str]) -> int:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, forward)
-        status = launcher.wait()
+        status = _wait(launcher, Path(folder))
         _end_session(launcher.pid)
         noted = _noted_status(Path(folder))
     if noted is not None:

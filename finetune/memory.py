@@ -1,12 +1,15 @@
 """How much memory a training step takes, by part: pure arithmetic over the model's shape, no torch.
 
-Parameters P are counted from the shape. Bytes per part, T tokens in a micro-batch, h hidden, f feed-forward, L layers:
+P is the number of weights. T tokens of a micro-batch, h hidden, q, kv widths of queries and keys, f feed-forward:
 
-- QLoRA: NF4 weights 0.516 bytes each (4 bits, one byte of scale per 64, one float per 16,384), embedding and head 16-bit.
-- Full: 2 P weights, 2 P gradients, 8 P AdamW moments in 16 bits (one card) or 12 P with 32-bit master weights (DeepSpeed).
-- A layer kept for the backward pass: 2 T (6 h + 2 kv + 3 f); a recomputed one: 2 T h, plus one layer at a time while it is redone.
+- QLoRA: projections in NF4, 0.516 bytes each (4 bits, a byte of scale per 64, a float per 16,384); the rest in 16
+  bits.
+- Full: 2 P weights, 2 P gradients, and 4 P moments in 16 bits (one card) or 12 P with 32-bit master weights
+  (DeepSpeed).
+- A layer kept for the backward pass: 2 T (4 h + 2 q + 2 kv + 3 f). A recomputed one: 2 T h, and one layer at a time
+  while it is redone.
 
-Measured on an H100 with the 14B and 7.5B shapes these sums are within 3 % (tests/test_plan.py has the table).
+tests/test_plan.py compares the sums with what an H100 measured.
 """
 
 from collections.abc import Mapping
@@ -69,10 +72,10 @@ class Shape:
         return self.projection_parameters + self.vocabulary * self.hidden
 
     @property
-    def kept_bytes_per_token(self) -> int:
-        """Activations that one layer keeps for its backward pass, 16 bits each."""
+    def kept_per_token(self) -> int:
+        """Numbers that one layer keeps of each token for its backward pass."""
         q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
-        return HALF_BYTES * (4 * self.hidden + 2 * q + 2 * kv + 3 * self.feed_forward)
+        return 4 * self.hidden + 2 * q + 2 * kv + 3 * self.feed_forward
 
     def lora_parameters(self, rank: int) -> int:
         """Weights of A and B on all seven projections."""
@@ -112,30 +115,40 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape:
         raise UserError(f"config.json: expected a decoder of the Llama kind, found no {missing}.") from None
 
 
-def _activations(shape: Shape, tokens: int, layers_kept: int) -> dict[str, float]:
-    """Bytes of one micro-batch. `layers_kept` layers keep everything, the others are recomputed one at a time."""
+def _activations(shape: Shape, tokens: int, layers_kept: int, width: int = HALF_BYTES) -> dict[str, float]:
+    """Bytes of one micro-batch of `width`-byte numbers. `layers_kept` layers keep all, others are redone singly."""
     recomputed = shape.layers - layers_kept
-    working = tokens * shape.kept_bytes_per_token if recomputed else 0
-    inputs = recomputed * tokens * shape.hidden * HALF_BYTES
-    largest_weight = max(a * b for a, b in shape.projections) * HALF_BYTES
+    a_layer = tokens * shape.kept_per_token * width
+    inputs = recomputed * tokens * shape.hidden * width
+    largest_weight = max(a * b for a, b in shape.projections) * width
     return {
-        "activations": layers_kept * tokens * shape.kept_bytes_per_token + inputs + max(working, largest_weight),
+        "activations": layers_kept * a_layer + inputs + max(a_layer if recomputed else 0, largest_weight),
         "logits": LOSS_CHUNK_ROWS * shape.vocabulary * LOSS_CHUNK_BYTES,
     }
 
 
 def qlora_memory(
-    shape: Shape, lora_rank: int, tokens: int, layers_kept: int, lora_bytes: int, optimizer_bytes: int, gpus: int = 1
+    shape: Shape,
+    lora_rank: int,
+    tokens: int,
+    layers_kept: int,
+    lora_bytes: int = 4,
+    optimizer_bytes: int = ADAM_STATE_BYTES,
+    gpus: int = 1,
+    width: int = HALF_BYTES,
 ) -> dict[str, float]:
-    """Bytes per card of a QLoRA step, by part. `lora_bytes` each for a LoRA weight and its gradient, `optimizer_bytes` of state."""
+    """Bytes per card of a QLoRA step, by part.
+
+    `lora_bytes` for each LoRA weight and again for its gradient, `optimizer_bytes` of state, `width` for activations.
+    """
     lora = shape.lora_parameters(lora_rank)
     rest = shape.parameters - shape.projection_parameters
     return {
-        "weights": shape.projection_parameters * NF4_BYTES + rest * HALF_BYTES + lora * lora_bytes,
+        "weights": shape.projection_parameters * NF4_BYTES + rest * width + lora * lora_bytes,
         "gradients": lora * lora_bytes,
         "optimizer": lora * optimizer_bytes,
-        **_activations(shape, tokens, layers_kept),
-        "buffers": 2 * lora * lora_bytes if gpus > 1 else 0,
+        **_activations(shape, tokens, layers_kept, width),
+        "buffers": lora * lora_bytes + BUCKET_ELEMENTS * lora_bytes / 4 if gpus > 1 else 0,
     }
 
 
@@ -156,7 +169,7 @@ def full_memory(shape: Shape, stage: str, gpus: int, tokens: int, layers_kept: i
 
 
 def host_memory(shape: Shape, stage: str) -> float:
-    """Bytes of main memory that offloading needs on the whole machine: master weights, moments and gradients, weights for stage 3."""
+    """Bytes of main memory that offloading takes: 32-bit weights and moments, gradients; for stage 3 the weights."""
     if not stage.endswith("offload"):
         return 0.0
     return shape.parameters * (12 + HALF_BYTES + (HALF_BYTES if stage.startswith("3") else 0))

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from finetune.arguments import Arguments
-from finetune.memory import HALF_BYTES, Shape, qlora_memory
+from finetune.memory import Shape, qlora_memory
 from finetune.speed import Budget, choose_qlora_budget, qlora_flops_per_token, qlora_tokens_per_second
 from finetune.training import Method, Room
 
@@ -50,9 +50,15 @@ def _choose_budget(room: Room) -> Budget | None:
 
 
 def _predict_memory(room: Room, budget: Budget) -> dict[str, float]:
-    rank = room.arguments.lora.lora_rank
     return qlora_memory(
-        room.shape, rank, budget.tokens, budget.layers_kept, room.lora_bytes, room.optimizer_bytes, room.world_size
+        room.shape,
+        room.arguments.lora.lora_rank,
+        budget.tokens,
+        budget.layers_kept,
+        room.lora_bytes,
+        room.optimizer_bytes,
+        room.world_size,
+        room.width,
     )
 
 
@@ -70,6 +76,6 @@ QLORA = Method(
     choose_budget=_choose_budget,
     predict_memory=_predict_memory,
     flops_per_token=_flops_per_token,
-    weight_bytes=2 * HALF_BYTES,
+    weight_bytes=4,
     tokens_per_second=_tokens_per_second,
 )

@@ -49,6 +49,11 @@ class Meter:
         return seconds / 3600 * self.price_per_hour
 
 
+def size_text(size: float) -> str:
+    """1.5 GiB, or 12 MiB below a tenth of one."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"
+
+
 def clock(seconds: float) -> str:
     """1:02:03 for 3723 seconds."""
     whole = int(seconds + 0.5)

@@ -1,4 +1,4 @@
-"""What remains of a run: loss.png and train_report.json in its output folder, rewritten at every end, also an interrupted one."""
+"""What remains of a run: loss.png and train_report.json in its output folder, rewritten whenever it ends."""
 
 import json
 import os

@@ -4,8 +4,8 @@
     OUTPUT_DIR/final/              the trained adapter or model, complete.json last
     OUTPUT_DIR/.saving/            what is being written now; left behind only by a crash and removed by the next start
 
-`complete.json` of a checkpoint names the run it belongs to (base model, data, rows of an update, ...), so that a folder is
-never continued with another experiment by accident.
+`complete.json` of a checkpoint names the run it belongs to (base model, data, rows of an update, ...), so that a
+folder is never continued with another experiment by accident.
 """
 
 import json
@@ -61,7 +61,7 @@ def _flush(path: Path) -> None:
 
 
 def publish(written: str | Path, target: str | Path, record: dict[str, Any]) -> None:
-    """Finish a folder written aside: flush its files, write the marker, rename it to `target` (replacing a torn one)."""
+    """Finish a folder written aside: flush its files, write the marker, rename it to `target` (replacing that)."""
     written, target = Path(written), Path(target)
     for path in written.rglob("*"):
         if path.is_file():
@@ -102,7 +102,7 @@ def newest_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def rotate(output_dir: str | Path, limit: int, best: str | Path | None = None) -> list[Path]:
-    """Remove complete checkpoints beyond the `limit` newest, never the best one, and torn ones. Returns what was removed.
+    """Remove complete checkpoints beyond the `limit` newest, never the best, and torn ones. Returns what was removed.
 
     Call it after the newest one is complete.
     """
@@ -145,7 +145,7 @@ def checkpoint_bytes(trainable_parameters: int, weight_bytes: int, optimizer_byt
 
 
 def disk_needed(one_checkpoint: int, one_final: int, limit: int, has_best: bool, existing: int = 0) -> int:
-    """Bytes that must be free: `limit` checkpoints, one more while the next is written, the best, final/; less what is there."""
+    """Bytes that must be free: `limit` checkpoints, one while it is written, the best, final/; less what is there."""
     return max(0, one_checkpoint * (limit + 1 + int(has_best) - existing)) + one_final
 
 
@@ -158,7 +158,7 @@ def check_disk(output_dir: str | Path, needed: int) -> None:
     free = shutil.disk_usage(_existing_parent(Path(output_dir).absolute())).free
     if free < needed:
         raise UserError(
-            f"{output_dir}: the checkpoints of this run need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. "
+            f"{output_dir}: this run's checkpoints need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. "
             "Free some disk, lower save_total_limit, or name an --output_dir on a larger disk."
         )
 

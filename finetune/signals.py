@@ -3,6 +3,7 @@
 Exit status afterwards: 128 + signal, 143 for SIGTERM and 130 for SIGINT.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -29,8 +30,13 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal, self._since = int(number), time.monotonic()
-            name = signal.Signals(number).name
-            print(f"{name}: the update in hand is finished and saved, then training stops", file=sys.stderr, flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                name = signal.Signals(number).name
+                print(
+                    f"{name}: the update in hand is finished and saved, then training stops",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:

@@ -1,7 +1,7 @@
 """How fast a card trains, estimated from arithmetic and two constants fitted to measured runs; no torch.
 
-A product with a weight costs 2 FLOP a parameter forward, 2 for the gradient of its input, 2 for that of the weight (full
-fine-tuning only), and 2 more where the layer is recomputed. Attention's own products are left out: rows are short.
+A product with a weight costs 2 FLOP a parameter forward, 2 for the gradient of its input, 2 for that of the weight (in
+full fine-tuning only), and 2 more where the layer is recomputed. Attention's own products are left out: rows are short.
 What a micro-batch costs whatever its size (dequantising, launches) is counted as OVERHEAD_TOKENS more tokens.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from finetune.gpus import Gpu
 from finetune.memory import (
+    ADAM_STATE_BYTES,
     HALF_BYTES,
     STAGES,
     Shape,
@@ -61,7 +62,7 @@ def full_tokens_per_second(shape: Shape, gpu: Gpu, budget: Budget) -> float:
 def full_update_seconds(
     shape: Shape, gpu: Gpu, budget: Budget, stage: str, gpus: int, tokens_per_update: float
 ) -> float:
-    """Seconds of one update. Transfers between cards overlap with computing; those to main memory and its Adam do not."""
+    """Seconds of an update. Transfers between cards overlap with computing, those to main memory do not."""
     tokens_per_card = tokens_per_update / gpus
     micro_batches = max(1.0, tokens_per_card / budget.tokens)
     computing = tokens_per_card / full_tokens_per_second(shape, gpu, budget)
@@ -105,8 +106,8 @@ def choose_qlora_budget(
     longest_row: int,
     tokens_per_update: float,
     gpus: int = 1,
-    lora_bytes: int = 2,
-    optimizer_bytes: int = 8,
+    lora_bytes: int = 4,
+    optimizer_bytes: int = ADAM_STATE_BYTES,
     layers_kept: tuple[int, int] | None = None,
     tokens: int | None = None,
 ) -> Budget | None:

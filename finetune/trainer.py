@@ -1,13 +1,13 @@
 """transformers' Trainer where one training step is one optimiser update over padding-free micro-batches.
 
-What is added: the rows of an update come from finetune.batching.plan_epoch on every rank alike; the loss is the mean over
-the supervised tokens of the whole update over all ranks, as a padded batch of the same rows would give; a micro-batch that
-does not fit is cut and repeated; bad losses end the run with the rows that caused them; checkpoints are published whole; a
-stop signal is obeyed at the end of an update, on all ranks at the same one.
+What is added: the rows of an update come from finetune.batching.plan_epoch on every rank alike; the loss is the mean
+over the supervised tokens of the whole update over all ranks, as a padded batch of the same rows would give; a
+micro-batch that does not fit is cut and repeated; bad losses end the run with the rows that caused them; checkpoints
+are published whole; a stop signal is obeyed at the end of an update, on all ranks at the same one.
 
-Gradients are averaged here, once an update, and not by DistributedDataParallel's hooks: so a rank that runs out of memory
-may cut its own micro-batches without the others waiting inside a collective for it. DeepSpeed reduces by itself and needs
-equal counts: there a lack of memory ends the run with the budget to try.
+Gradients are averaged here, once an update, and not by DistributedDataParallel's hooks: so a rank that runs out of
+memory may cut its own micro-batches without the others waiting inside a collective for it. DeepSpeed reduces by
+itself and needs equal counts: there a lack of memory ends the run with the budget to try.
 """
 
 import gc
@@ -240,7 +240,7 @@ class UpdateTrainer(Trainer):
         return model(**self._prepare_input(collate(samples))).loss
 
     def _run_micro_batches(self, model: nn.Module, update: RankUpdate, scale: float) -> Tensor:
-        """All micro-batches of this rank, gradients kept on it. What does not fit is cut to half the budget and repeated."""
+        """All micro-batches of this rank. What does not fit is cut to half the budget and repeated."""
         lengths = self.train_dataset.lengths
         pieces = [part for rows in update.micro_batches for part in cut_in_pieces(rows, lengths, self.token_budget)]
         loss_sum, done = torch.zeros((), device=self.args.device), 0
@@ -465,7 +465,7 @@ class UpdateTrainer(Trainer):
             dist.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Weights of a checkpoint into the model as it stands: peft's own way would turn a 16-bit adapter into 32 bits."""
+        """Weights of a checkpoint into the model as it stands; peft's own way may change their dtype."""
         model = self.model if model is None else model
         adapter = Path(resume_from_checkpoint) / "adapter_model.safetensors"
         if not adapter.exists():

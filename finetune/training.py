@@ -58,8 +58,9 @@ class Room:
     world_size: int
     longest_row: int
     tokens_per_update: float
-    lora_bytes: int
-    optimizer_bytes: int
+    lora_bytes: int  # of a LoRA weight
+    optimizer_bytes: int  # of its optimiser state
+    width: int  # bytes of the numbers that are computed with
 
 
 def is_first_rank() -> bool:
@@ -223,7 +224,7 @@ def this_gpu() -> Any:
 
 
 def decide_budget(method: Method, room: Room) -> Budget:
-    """Token budget and layers kept: what the JSON fixes, otherwise the fastest that fits. Raises UserError when nothing fits."""
+    """Budget: what the JSON fixes, else the fastest that fits. Raises UserError if none does."""
     train, layers = room.arguments.train, room.shape.layers
     wanted = train.tokens_per_micro_batch
     if room.gpu is None and train.recompute_layers < 0:
@@ -245,6 +246,8 @@ def run_training(arguments: Arguments, method: Method) -> int:
 
     Raises UserError for whatever the person can mend.
     """
+    # Before torch is imported: against fragmentation, which grows with micro-batches of changing size.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for notice in arguments.notices:
         say(f"note: {notice}")
     require(
@@ -272,6 +275,21 @@ def run_training(arguments: Arguments, method: Method) -> int:
     return _train(arguments, method, model_dir, identity, names)
 
 
+def _quieten() -> None:
+    """Keep out of the log what other packages print and nobody can act on; carriage returns among it."""
+    import warnings
+
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    unwanted = (".*is_gradient_checkpointing.*", ".*gradient_checkpointing.*deprecated", ".*broadcast_buffers.*")
+    for text in (*unwanted, "Paged optimizers are not"):
+        warnings.filterwarnings("ignore", message=text)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it found none
+
+
 def _planned(arguments: Arguments, finished: dict[str, Any]) -> int:
     """Updates this run would end with, by the number of rows that the finished one had."""
     return updates_in_all(arguments, finished["rows"], finished["identity"]["rows_per_update"])
@@ -282,20 +300,28 @@ def _train(
 ) -> int:
     import json
 
+    import torch
     from transformers import AutoTokenizer, set_seed
 
     from finetune.qlora import checkpoint_layers
 
+    _quieten()
     dtype = compute_dtype(arguments.train.bf16)
+    if arguments.train.optim.startswith("paged_") and not torch.cuda.is_available():
+        say(
+            f"note: {arguments.train.optim} pages nothing on a CPU: its state is in main memory, the update is the same"
+        )
     if arguments.train.fp16 and dtype != "float16":
         say(f"note: fp16 is true, {dtype} is used: " + ("this is a CPU" if dtype == "float32" else "the card has it"))
     args = training_arguments(arguments, dtype)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     samples, evaluation = load_samples(arguments, tokenizer)
     set_seed(args.seed)
+    say(f"loading {model_dir}")
     model = method.load(arguments, dtype, args.device)
     shape = shape_of_config(json.loads((model_dir / "config.json").read_text(encoding="utf-8")))
-    room = _room(arguments, shape, model, samples, args.world_size, identity["rows_per_update"])
+    width = getattr(torch, dtype).itemsize
+    room = _room(arguments, shape, model, samples, args.world_size, identity["rows_per_update"], width)
     budget = decide_budget(method, room)
     checkpoint_layers(model, shape.layers - budget.layers_kept)
     last_update = updates_in_all(arguments, len(samples), identity["rows_per_update"])
@@ -321,7 +347,13 @@ def _train(
 
 
 def _room(
-    arguments: Arguments, shape: Shape, model: Any, samples: Sequence["Sample"], world_size: int, per_update: int
+    arguments: Arguments,
+    shape: Shape,
+    model: Any,
+    samples: Sequence["Sample"],
+    world_size: int,
+    per_update: int,
+    width: int,
 ) -> Room:
     lengths = [len(sample.input_ids) for sample in samples]
     trained = next((p for p in model.parameters() if p.requires_grad), None)
@@ -335,6 +367,7 @@ def _room(
         tokens_per_update=sum(lengths) / len(lengths) * min(per_update, len(lengths)),
         lora_bytes=trained.element_size() if trained is not None else 2,
         optimizer_bytes=STATE_BYTES.get(arguments.train.optim, 8),
+        width=width,
     )
 
 
@@ -373,6 +406,7 @@ def _build_trainer(
 
     def finish_folder(folder: Path) -> None:
         write_json(folder / "train_args.json", arguments.as_dict())
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
         if (folder / "adapter_config.json").exists():
             record_base(folder, arguments.model.model_name_or_path)
         if folder.name == "final":
@@ -410,7 +444,7 @@ def _print_plan(
     trainable: int,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> None:
-    from finetune.progress import clock, decoded_sample
+    from finetune.progress import clock, decoded_sample, size_text
 
     data = trainer.train_dataset
     tokens = last_update * room.tokens_per_update
@@ -423,9 +457,9 @@ def _print_plan(
     kept = f"{budget.layers_kept} of {room.shape.layers} layers not recomputed"
     say(f"  micro-batches: at most {budget.tokens:,} tokens, {kept}")
     parts = method.predict_memory(room, budget)
-    listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size >= 0.05 * GIB)
-    where = room.gpu.name if room.gpu else "main memory"
-    say(f"  memory: about {total(parts) / GIB:.1f} of {room.memory_bytes / GIB:.1f} GiB, {where} ({listed})")
+    listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+    where = room.gpu.name if room.gpu else "main memory, besides the program's own"
+    say(f"  memory: about {size_text(total(parts))} of {size_text(room.memory_bytes)}, {where} ({listed})")
     if room.gpu and method.tokens_per_second:
         seconds = tokens / (method.tokens_per_second(room, budget) * room.world_size)
         say(f"  time: about {clock(seconds)}, cost about {trainer.meter.cost(seconds):.2f}")

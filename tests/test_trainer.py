@@ -1,6 +1,7 @@
 """The trainer against a padded plain-torch loop, its resumption, its watchdog and what it does when memory runs out.
 
-A random two-layer Qwen2 in float32 with LoRA dropout, in this process. Rows are random ids, every second half supervised.
+A random two-layer Qwen2 in float32 with LoRA dropout, in this process. Rows are random ids, every second half
+supervised.
 """
 
 import json
@@ -59,7 +60,9 @@ def make_model(dropout: float = 0.0) -> torch.nn.Module:
     return enable_padding_free_attention(enable_chunked_loss(model))
 
 
-def make_trainer(folder: Path, samples: list[Sample] | None = None, model=None, budget: int = 40, **changes) -> UpdateTrainer:
+def make_trainer(
+    folder: Path, samples: list[Sample] | None = None, model=None, budget: int = 40, **changes
+) -> UpdateTrainer:
     evaluation = changes.pop("evaluation", [])
     limit = changes.pop("save_total_limit", 1)
     settings = {

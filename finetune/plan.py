@@ -1,0 +1,343 @@
+"""What a training run will take: memory of each card by part, time, money, disk; for cards one has or thinks of renting.
+
+    python -m finetune.plan --method qlora --train_args_file qwen_qlora/config/qwen-14b-qlora.json --gpu A40
+    python -m finetune.plan --method full --model baichuan2-7b --gpu A100-80G --num_gpus 2 --rows 77250 --mean_tokens 330
+
+Pure arithmetic (finetune.memory, finetune.speed), no torch, nothing is loaded. The model is a folder with a config.json or
+one of the names below; the rows are counted in the file, their tokens estimated from its characters, unless given. Prints
+tables to stdout; exit status 1 when nothing fits.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.arguments import Arguments, nearest, parse_arguments
+from finetune.errors import UserError, run_main
+from finetune.gpus import GIB, GPUS, Gpu, found_gpu, named_gpu
+from finetune.memory import (
+    KNOWN_SHAPES,
+    STAGES,
+    Shape,
+    full_memory,
+    host_memory,
+    qlora_memory,
+    shape_of_config,
+    total,
+)
+from finetune.speed import (
+    Budget,
+    choose_full_budget,
+    choose_qlora_budget,
+    full_update_seconds,
+    qlora_tokens_per_second,
+)
+
+USED_SHARE = 0.94  # of a card's memory; the rest is for fragments, which grow as a run goes on
+CONTEXT_GIB = 0.8  # CUDA context and libraries
+# Tokens of a Chinese or mixed text for each character, both vocabularies, and of the template around a turn.
+TOKENS_PER_CHARACTER, TOKENS_PER_TURN = 0.75, 12
+WALKTHROUGH = (
+    "For comparison, the walkthrough's own 7B runs (padded batches, 2 epochs): on 2 x A100-80G only stage 3 ran, about\n"
+    "14 hours without offloading and 20 with it; on 4 x A100-80G stage 1 was enough."
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The rows to train on and how often: `tokens` is the mean of a row."""
+
+    rows: int
+    tokens: float
+    epochs: float
+    longest_row: int
+    rows_per_update: int
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates in all."""
+        return math.ceil(self.epochs * math.ceil(self.rows / self.rows_per_update))
+
+    @property
+    def tokens_per_update(self) -> float:
+        """Trained tokens of a full update."""
+        return self.tokens * min(self.rows, self.rows_per_update)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run it: bytes per card by part, seconds in all; budget None where not even one row fits."""
+
+    name: str
+    gpus: int
+    parts: dict[str, float]
+    budget: Budget | None
+    seconds: float
+    host_bytes: float = 0.0
+
+
+# ---- the arithmetic ----
+
+
+def usable_bytes(gpu: Gpu) -> float:
+    """What a plan may use of a card."""
+    return (gpu.memory_gib - CONTEXT_GIB) * USED_SHARE * GIB
+
+
+def qlora_option(shape: Shape, gpu: Gpu, gpus: int, rank: int, work: Workload) -> Option:
+    """QLoRA on so many cards, data parallel."""
+    budget = choose_qlora_budget(shape, rank, gpu, usable_bytes(gpu), work.longest_row, work.tokens_per_update, gpus)
+    shown = budget or Budget(work.longest_row, 0)
+    speed = qlora_tokens_per_second(shape, rank, gpu, shown) * gpus
+    parts = qlora_memory(shape, rank, shown.tokens, shown.layers_kept, gpus=gpus)
+    return Option("qlora", gpus, parts, budget, work.updates * work.tokens_per_update / speed)
+
+
+def full_option(shape: Shape, gpu: Gpu, gpus: int, stage: str, work: Workload) -> Option:
+    """Full fine-tuning with a DeepSpeed stage; `none` is one card with 16-bit weights and moments."""
+    budget = choose_full_budget(shape, stage, gpu, gpus, usable_bytes(gpu), work.longest_row, work.tokens_per_update)
+    shown = budget or Budget(work.longest_row, 0)
+    parts = full_memory(shape, stage, gpus, shown.tokens, shown.layers_kept)
+    seconds = work.updates * full_update_seconds(shape, gpu, shown, stage, gpus, work.tokens_per_update)
+    return Option(stage, gpus, parts, budget, seconds, host_memory(shape, stage))
+
+
+def full_options(shape: Shape, gpu: Gpu, gpus: int, work: Workload) -> list[Option]:
+    """Every stage on so many cards: `none` on one only, 1 to 3 on several, offloading on any number."""
+    stages = [stage for stage in STAGES if gpus > 1 and stage != "none" or stage in ("none", "2-offload", "3-offload")]
+    return [full_option(shape, gpu, gpus, stage, work) for stage in stages if stage != "none" or gpus == 1]
+
+
+def choose(options: Sequence[Option]) -> Option | None:
+    """The fastest that fits; what is within 2 % of it counts as equal, and the first, simplest of those wins."""
+    fitting = [option for option in options if option.budget]
+    if not fitting:
+        return None
+    fastest = min(option.seconds for option in fitting)
+    return next(option for option in fitting if option.seconds <= 1.02 * fastest)
+
+
+# ---- what is asked for ----
+
+
+def estimated_tokens(row: dict) -> float:
+    """Tokens of a decoded row of either spelling, from its characters."""
+    if "conversation" in row:
+        texts = [text for turn in row["conversation"] for text in (turn.get("human", ""), turn.get("assistant", ""))]
+    else:
+        texts = [message.get("content", "") for message in row.get("messages", [])]
+    return sum(len(text) * TOKENS_PER_CHARACTER + TOKENS_PER_TURN for text in texts)
+
+
+def rows_of_file(path: str, max_seq_length: int) -> tuple[int, float]:
+    """(rows, mean tokens) of a .jsonl file, tokens estimated from characters and cut to the limit."""
+    from finetune.rows import iter_lines
+
+    lengths = []
+    for line, text in iter_lines(Path(path)):
+        try:
+            lengths.append(min(max_seq_length, estimated_tokens(json.loads(text))))
+        except (json.JSONDecodeError, AttributeError, TypeError):
+            raise UserError(f"{path}:{line}: not a training row. Check the file: make qwen-data") from None
+    if not lengths:
+        raise UserError(f"{path}: expected at least one training row, found none.")
+    return len(lengths), sum(lengths) / len(lengths)
+
+
+def shape_of(model: str) -> Shape:
+    """Shape of a folder's config.json, or of a name such as qwen-14b or a hub id that contains one."""
+    config = Path(model) / "config.json"
+    if config.is_file():
+        return shape_of_config(json.loads(config.read_text(encoding="utf-8")))
+    name = Path(model).name.lower()
+    known = next((known for known in KNOWN_SHAPES if name.startswith(known)), None)
+    if known is None:
+        names = ", ".join(KNOWN_SHAPES)
+        raise UserError(
+            f"no config.json in {model}, and the name is none of {names}{nearest(name, list(KNOWN_SHAPES))}."
+        )
+    return KNOWN_SHAPES[known]
+
+
+def gpus_here() -> tuple[Gpu | None, int]:
+    """(card, number) that nvidia-smi and CUDA_VISIBLE_DEVICES show, (None, 0) without one."""
+    if not shutil.which("nvidia-smi"):
+        return None, 0
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().splitlines()
+    if not lines:
+        return None, 0
+    name, _, mebibytes = lines[0].rpartition(",")
+    visible = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
+    return found_gpu(name, float(mebibytes) / 1024), len(visible) or len(lines)
+
+
+def decide_gpu(name: str | None, num_gpus: int | None) -> tuple[Gpu, int, str]:
+    """(card, number, where that is from)."""
+    here, count = gpus_here() if not name else (None, 0)
+    gpu = named_gpu(name) if name else here
+    if gpu is None and name:
+        names = [gpu.name for gpu in GPUS]
+        raise UserError(f"--gpu {name}: not a card known here{nearest(name, names)}. Known: {', '.join(names)}.")
+    if gpu is None:
+        return named_gpu("A40"), num_gpus or 1, "no card found here: the walkthrough's, another with --gpu"
+    return gpu, num_gpus or count or 1, "as asked" if name else "found here"
+
+
+def workload(arguments: Arguments, gpus: int, rows: int | None, mean_tokens: float | None) -> Workload:
+    """The rows of the experiment. Raises UserError when neither a file nor a number of rows is known."""
+    train, data = arguments.train, arguments.data
+    if rows is None or mean_tokens is None:
+        if not data.train_file:
+            raise UserError("neither train_file nor --rows and --mean_tokens is given. Name the rows.")
+        found_rows, found_tokens = rows_of_file(data.train_file, data.max_seq_length)
+        rows, mean_tokens = rows or found_rows, mean_tokens or found_tokens
+    per_update = train.per_device_train_batch_size * train.gradient_accumulation_steps * gpus
+    return Workload(rows, mean_tokens, train.num_train_epochs, data.max_seq_length, per_update)
+
+
+# ---- what is printed ----
+
+
+def hours(seconds: float) -> str:
+    """1.5 h, or 12 min below an hour."""
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min"
+
+
+def table(options: Sequence[Option], gpu: Gpu, chosen: Option | None, price: float) -> str:
+    """One line an option: GiB per card by part, whether it fits, tokens of a micro-batch, time, money.
+
+    `price` is that of one card for an hour.
+    """
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+    head = f"{'way':>10} {'cards':>5} " + " ".join(f"{name[:11]:>11}" for name in names)
+    lines = [f"{head} {'GiB a card':>10} {'of':>6} {'tokens':>7} {'kept':>5} {'time':>8} {'money':>8}"]
+    for option in options:
+        values = " ".join(f"{option.parts[name] / GIB:11.1f}" for name in names)
+        needs = f"{total(option.parts) / GIB:10.1f} {usable_bytes(gpu) / GIB:6.1f}"
+        if option.budget is None:
+            rest = f"{'does not fit':>31}"
+        else:
+            money = f"{option.seconds / 3600 * price * option.gpus:8.2f}" if price else f"{'-':>8}"
+            rest = f"{option.budget.tokens:7,} {option.budget.layers_kept:5} {hours(option.seconds):>8} {money}"
+        mark = "  <- choice" if option is chosen else ""
+        lines.append(f"{option.name:>10} {option.gpus:5} {values} {needs} {rest}{mark}")
+    return "\n".join(lines)
+
+
+def disk_lines(shape: Shape, method: str, rank: int, limit: int) -> str:
+    """Disk of a run: checkpoints kept, one while it is written, final/."""
+    if method == "qlora":
+        one, final = shape.lora_parameters(rank) * 12, shape.lora_parameters(rank) * 4
+    else:
+        one, final = shape.parameters * 14, shape.parameters * 2
+    needed = one * (limit + 1) + final
+    return (
+        f"disk: {needed / 1e9:.1f} GB free for {limit} checkpoint{'s' if limit > 1 else ''} of {one / 1e9:.1f} GB, "
+        f"one more while it is written, and final/ of {final / 1e9:.1f} GB"
+    )
+
+
+def advice(method: str, gpu: Gpu, gpus: int, shape: Shape, work: Workload) -> str:
+    """What to turn when nothing fits, with the cards that would do."""
+    if method == "qlora":
+        enough = [g.name for g in GPUS if qlora_option(shape, g, gpus, 64, work).budget]
+        turns = "lower max_seq_length, then lora_rank"
+    else:
+        enough = [g.name for g in GPUS if choose(full_options(shape, g, gpus, work))]
+        turns = "lower max_seq_length, use more cards (--num_gpus), or train an adapter instead (make qwen-plan)"
+    cards = f" Cards on which it fits: {', '.join(enough)}." if enough else ""
+    return f"nothing fits on {gpus} x {gpu.name}: {turns}.{cards}"
+
+
+def counts(gpus: int) -> list[int]:
+    """Numbers of cards worth a line: 1, 2, 4, 8 and the one asked for."""
+    return sorted({1, 2, 4, 8, gpus})
+
+
+def print_plan(
+    method: str, shape: Shape, gpu: Gpu, gpus: int, arguments: Arguments, work: Workload, price: float
+) -> int:
+    """All tables; 0 when something fits on the cards asked for, else 1."""
+    rank = arguments.lora.lora_rank
+    if method == "qlora":
+        here = [qlora_option(shape, gpu, gpus, rank, work)]
+        others = [qlora_option(shape, gpu, n, rank, work) for n in counts(gpus)]
+    else:
+        here = full_options(shape, gpu, gpus, work)
+        others = [choose(full_options(shape, gpu, n, work)) for n in counts(gpus)]
+    chosen = choose(here)
+    print(table(here, gpu, chosen, price))
+    print("\nby number of cards, the best way of each, the rows of an update kept as they are:")
+    fitting = [option for option in others if option is not None]
+    print(table(fitting, gpu, None, price) if fitting else "  none fits")
+    print(f"\n{disk_lines(shape, method, rank, arguments.train.save_total_limit)}")
+    if chosen is None:
+        print(advice(method, gpu, gpus, shape, work))
+        return 1
+    print(choice_lines(method, chosen, shape))
+    return 0
+
+
+def choice_lines(method: str, chosen: Option, shape: Shape) -> str:
+    """The choice in words."""
+    kept = f"{chosen.budget.layers_kept} of {shape.layers} layers not recomputed"
+    lines = [f"choice: {chosen.name} with micro-batches of at most {chosen.budget.tokens:,} tokens, {kept}"]
+    if chosen.host_bytes:
+        lines.append(f"main memory for offloading: {chosen.host_bytes / GIB:.0f} GiB")
+    lines.append(
+        "out of memory all the same? In this order: tokens_per_micro_batch halved, gradient_checkpointing true, "
+        "max_seq_length"
+    )
+    return "\n".join(lines + ([WALKTHROUGH] if method == "full" else []))
+
+
+def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """This program's own flags, and the rest, which are an experiment's (finetune.arguments)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--method", choices=("qlora", "full"), default="qlora")
+    parser.add_argument("--model", help=f"folder or name ({', '.join(KNOWN_SHAPES)}); default: model_name_or_path")
+    parser.add_argument("--gpu", help="card, for example A100-80G; default: the one found here")
+    parser.add_argument("--num_gpus", type=int, help="default: as many as found, else 1")
+    parser.add_argument("--rows", type=int, help="rows, where there is no file to count them in")
+    parser.add_argument("--mean_tokens", type=float, help="mean tokens of a row")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    flags, rest = parse_flags(argv)
+    arguments = parse_arguments(rest)
+    model = flags.model or arguments.model.model_name_or_path
+    if not model:
+        raise UserError(f"no model is named. Pass --model with a folder or one of {', '.join(KNOWN_SHAPES)}.")
+    if flags.num_gpus is not None and flags.num_gpus < 1:
+        raise UserError(f"--num_gpus must be at least 1, found {flags.num_gpus}.")
+    shape = shape_of(model)
+    gpu, gpus, origin = decide_gpu(flags.gpu, flags.num_gpus)
+    work = workload(arguments, gpus, flags.rows, flags.mean_tokens)
+    price = float(os.environ.get("PRICE_PER_HOUR") or 0)
+    print(f"model: {model}, {shape.parameters / 1e9:.2f} B parameters, {shape.layers} layers")
+    print(f"cards: {gpus} x {gpu.name} ({origin}), {gpu.memory_gib:.0f} GiB, {gpu.peak_tflops:.0f} TFLOP/s each")
+    print(
+        f"rows: {work.rows:,} of about {work.tokens:.0f} tokens, {work.epochs:g} epochs, {work.rows_per_update} rows an "
+        f"update: {work.updates:,} updates, {work.updates * work.tokens_per_update / 1e6:.1f} M tokens"
+    )
+    if price:
+        print(f"price: {price:g} an hour for {gpus} card{'s' if gpus > 1 else ''} (PRICE_PER_HOUR)")
+    if not gpu.has_bf16:
+        print(f"note: {gpu.name} has no bfloat16 and no varlen attention kernel: float16 and slower than estimated")
+    print()
+    return print_plan(flags.method, shape, gpu, gpus, arguments, work, price / gpus)
+
+
+if __name__ == "__main__":
+    run_main(main)
