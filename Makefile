@@ -98,6 +98,13 @@ qwen-data: ## [9] check the rows: lengths, cuts, duplicates, overlap of training
 	  --train_file "$$QWEN_TRAIN_FILE" --test_file "$$QWEN_TEST_FILE" \
 	  --max_seq_length "$$(sed -n 's/.*"max_seq_length": *\([0-9]*\).*/\1/p' "$$QWEN_TRAIN_CONFIG")" $(ARGS)
 
+.PHONY: qwen-plan
+qwen-plan: ## [9] memory, time and money of a training run, also for cards not rented yet (GPU=A100-80G GPUS=2)
+	@$(call step,$(if $(wildcard $(ENVS_DIR)/qwen_env),qwen_env)) python3 -m finetune.plan --method qlora \
+	  --train_args_file "$$QWEN_TRAIN_CONFIG" --model "$${QWEN_MODEL_DIR:-$$QWEN_MODEL_ID}" \
+	  --train_file "$$QWEN_TRAIN_FILE" $${QWEN_OUTPUT_DIR:+--output_dir "$$QWEN_OUTPUT_DIR"} \
+	  $(if $(GPU),--gpu "$(GPU)") $(if $(GPUS),--num_gpus "$(GPUS)") $(ARGS)
+
 .PHONY: qwen-train
 qwen-train: ## [9-10] train the adapter (BG=1 detaches it; ARGS="--learning_rate 1e-4" overrides the JSON)
 	@$(call need,QWEN_MODEL_DIR QWEN_OUTPUT_DIR)bash qwen_qlora/train_qwen_qlora.sh $(ARGS)

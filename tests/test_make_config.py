@@ -37,10 +37,17 @@ COMMANDS = {
         "python -m finetune.data_report --model_dir '/models/my qwen' "
         f"--train_file {DATA}_train.jsonl --test_file {DATA}_test.jsonl --max_seq_length 1024"
     ),
+    "qwen-plan GPU=A100-80G GPUS=2": shlex.split(
+        "python3 -m finetune.plan --method qlora --train_args_file qwen_qlora/config/qwen-14b-qlora.json "
+        f"--model '/models/my qwen' --train_file {DATA}_train.jsonl --output_dir /out --gpu A100-80G --num_gpus 2"
+    ),
     "qwen-eval": [*MODULE, *BASE, "--adapter_name_or_path", "/out/final", *EVALUATION],
     "qwen-eval QWEN_EVAL_MODEL=base": [*MODULE, *BASE, *EVALUATION],
     "qwen-eval QWEN_EVAL_MODEL=merged QWEN_EVAL_LIMIT=": [
-        *[*MODULE, "--model_name_or_path", "/merged", *EVALUATION[:-2]],
+        *MODULE,
+        "--model_name_or_path",
+        "/merged",
+        *EVALUATION[:-2],
     ],
     "qwen-merge": shlex.split(
         "python -m qwen_qlora.utils.merge_lora --model_name_or_path '/models/my qwen' "

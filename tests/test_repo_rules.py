@@ -65,9 +65,9 @@ def test_scripts_need_only_the_standard_library_at_import():
 
 
 def used_settings() -> dict[str, set[str]]:
-    """Upper-case names the Makefile, the shells and the Python files take from the environment, with their places."""
+    """Upper-case names the Makefile, the shells and the Python files read from the environment, with their places."""
     found: dict[str, set[str]] = {}
-    python = r"""(?:environ(?:\.get|\.pop|\.setdefault)?|getenv)[\[(]\s*["']([A-Z][A-Z0-9_]+)["']"""
+    python = r"""(?:environ\.get\(|getenv\(|environ\[)\s*["']([A-Z][A-Z0-9_]+)["'](?!\]\s*=[^=])"""
     patterns = {"Makefile": r"\$\$?[({]?([A-Z][A-Z0-9_]+)\b", "*.sh": r"\$\{?([A-Z][A-Z0-9_]+)\b", "*.py": python}
     for pattern, expression in patterns.items():
         for path in files(pattern):
