@@ -78,7 +78,7 @@ logs: ## [13] a step's log; on a terminal it is followed (STEP=qwen-train, FOLLO
 	@python3 scripts/run_step.py logs $(STEP) $(if $(filter 0,$(FOLLOW)),--print)
 
 .PHONY: stop
-stop: ## end a background step with SIGTERM and wait for it (STEP=qwen-train, TIMEOUT=seconds to kill it after)
+stop: ## end a step with SIGTERM and wait for it (STEP=qwen-train; TIMEOUT=60 kills it after a minute)
 	@python3 scripts/run_step.py stop $(STEP) $(if $(TIMEOUT),--timeout $(TIMEOUT))
 
 ##@ Project 1, qwen_qlora: QLoRA of Qwen-14B-Chat on one 48 GB card
