@@ -1,11 +1,12 @@
-"""What a training run will take: memory of each card by part, time, money, disk; for cards one has or thinks of renting.
+"""What a training run will take: memory of each card by part, time, money, disk; also for cards one has not got.
 
     python -m finetune.plan --method qlora --train_args_file qwen_qlora/config/qwen-14b-qlora.json --gpu A40
-    python -m finetune.plan --method full --model baichuan2-7b --gpu A100-80G --num_gpus 2 --rows 77250 --mean_tokens 330
+    python -m finetune.plan --method full --model baichuan2-7b --gpu A100-80G --num_gpus 2 \\
+        --rows 77250 --mean_tokens 330 --max_seq_length 512
 
-Pure arithmetic (finetune.memory, finetune.speed), no torch, nothing is loaded. The model is a folder with a config.json or
-one of the names below; the rows are counted in the file, their tokens estimated from its characters, unless given. Prints
-tables to stdout; exit status 1 when nothing fits.
+Pure arithmetic (finetune.memory, finetune.speed), no torch, nothing is loaded. The model is a folder with a
+config.json or one of the names below; the rows are counted in the file, their tokens estimated from its characters,
+unless given. Prints tables to stdout; exit status 1 when nothing fits.
 """
 
 import argparse
@@ -44,8 +45,8 @@ CONTEXT_GIB = 0.8  # CUDA context and libraries
 # Tokens of a Chinese or mixed text for each character, both vocabularies, and of the template around a turn.
 TOKENS_PER_CHARACTER, TOKENS_PER_TURN = 0.75, 12
 WALKTHROUGH = (
-    "For comparison, the walkthrough's own 7B runs (padded batches, 2 epochs): on 2 x A100-80G only stage 3 ran, about\n"
-    "14 hours without offloading and 20 with it; on 4 x A100-80G stage 1 was enough."
+    "For comparison, the walkthrough's own 7B runs (padded batches, 2 epochs): on 2 x A100-80G only stage 3 ran,\n"
+    "about 14 hours without offloading and 20 with it; on 4 x A100-80G stage 1 was enough."
 )
 
 
@@ -328,8 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"model: {model}, {shape.parameters / 1e9:.2f} B parameters, {shape.layers} layers")
     print(f"cards: {gpus} x {gpu.name} ({origin}), {gpu.memory_gib:.0f} GiB, {gpu.peak_tflops:.0f} TFLOP/s each")
     print(
-        f"rows: {work.rows:,} of about {work.tokens:.0f} tokens, {work.epochs:g} epochs, {work.rows_per_update} rows an "
-        f"update: {work.updates:,} updates, {work.updates * work.tokens_per_update / 1e6:.1f} M tokens"
+        f"rows: {work.rows:,} of about {work.tokens:.0f} tokens, {work.epochs:g} epochs, {work.rows_per_update} rows "
+        f"an update: {work.updates:,} updates, {work.updates * work.tokens_per_update / 1e6:.1f} M tokens"
     )
     if price:
         print(f"price: {price:g} an hour for {gpus} card{'s' if gpus > 1 else ''} (PRICE_PER_HOUR)")

@@ -399,7 +399,6 @@ def _build_trainer(
 ) -> "UpdateTrainer":
     from transformers.trainer_callback import PrinterCallback
 
-    from finetune.identity import record_base
     from finetune.progress import Meter, ProgressCallback
     from finetune.report import write_json
     from finetune.trainer import RunPlan, UpdateTrainer
@@ -407,8 +406,6 @@ def _build_trainer(
     def finish_folder(folder: Path) -> None:
         write_json(folder / "train_args.json", arguments.as_dict())
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
-        if (folder / "adapter_config.json").exists():
-            record_base(folder, arguments.model.model_name_or_path)
         if folder.name == "final":
             tokenizer.save_pretrained(folder)
 
