@@ -1,0 +1,145 @@
+"""finetune.launch around a launcher of bad manners: it dies of a signal at once and answers 1 for every failure."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Two ranks; dies of a signal at once, leaving them behind, as deepspeed's launcher does.
+LAUNCHER = """
+import os, subprocess, sys
+ranks = []
+for rank in "01":
+    variables = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    ranks.append(subprocess.Popen([sys.executable, *sys.argv[1:]], env=variables))
+sys.exit(int(any([rank.wait() for rank in ranks])))
+"""
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from finetune.errors import UserError
+from finetune.launch import run_rank
+what, folder, rank = sys.argv[1], Path(sys.argv[2]), os.environ["RANK"]
+received = []
+signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+
+def wait():
+    (folder / f"up-{rank}-{os.getpid()}").touch()
+    while not received:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    (folder / f"saved-{rank}").touch()
+    return 128 + received[0]
+
+def refuse():
+    raise UserError("the same words from every rank")
+
+def refuse_alone():
+    if rank == "0":
+        raise UserError("only here")
+    (folder / f"up-{rank}-{os.getpid()}").touch()
+    while True:
+        time.sleep(1)
+
+def crash():
+    raise RuntimeError("a bug")
+
+run_rank({"wait": wait, "refuse": refuse, "refuse_alone": refuse_alone, "crash": crash, "done": lambda: 0}[what])
+"""
+
+
+def start(folder: Path, what: str, patience: float = 20) -> subprocess.Popen:
+    (folder / "launcher.py").write_text(LAUNCHER)
+    (folder / "rank.py").write_text(RANK)
+    settings = f"launch.OTHER_RANKS_SECONDS = {patience}; launch.ORPHAN_GRACE_SECONDS = 1"
+    code = f"from finetune import launch; {settings}; launch.run_main(launch.main)"
+    ranks = [str(folder / "rank.py"), what, str(folder)]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, str(folder / "launcher.py"), *ranks],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ranks_up(folder: Path, count: int) -> list[int]:
+    deadline = time.monotonic() + 30
+    while len(found := list(folder.glob("up-*"))) < count:
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.05)
+    return [int(path.name.rpartition("-")[2]) for path in found]
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_ranks_which_save_and_leave(tmp_path: Path, number: int, status: int) -> None:
+    process = start(tmp_path, "wait")
+    ranks = ranks_up(tmp_path, 2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status, errors
+    assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+    assert not any(map(is_alive, ranks))
+
+
+def test_an_error_of_all_ranks_is_printed_once_and_gives_2(tmp_path: Path) -> None:
+    process = start(tmp_path, "refuse")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert errors == "error: the same words from every rank\n"
+
+
+def test_ranks_that_wait_for_a_failed_one_are_ended(tmp_path: Path) -> None:
+    process = start(tmp_path, "refuse_alone", patience=0.5)
+    (other,) = ranks_up(tmp_path, 1)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert errors == "error: only here\n"
+    assert not is_alive(other)
+
+
+def test_a_bug_keeps_its_traceback_and_the_launchers_status(tmp_path: Path) -> None:
+    process = start(tmp_path, "crash")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors.count("RuntimeError: a bug") == 2
+
+
+def test_success_is_0_and_a_missing_launcher_is_explained(tmp_path: Path) -> None:
+    assert start(tmp_path, "done").wait(timeout=30) == 0
+    command = [sys.executable, "-m", "finetune.launch", "no-such-launcher"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "cannot run no-such-launcher" in result.stderr
+
+
+def test_killing_it_outright_ends_the_launcher_too(tmp_path: Path) -> None:
+    process = start(tmp_path, "wait")
+    launchers = {
+        int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1]) for rank in ranks_up(tmp_path, 2)
+    }
+    process.kill()
+    process.wait()
+    process.stderr.close()  # its ranks have it still
+    deadline = time.monotonic() + 10
+    while any(map(is_alive, launchers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [launcher for launcher in launchers if is_alive(launcher)]
+    for path in tmp_path.glob("up-*"):
+        os.kill(int(path.name.rpartition("-")[2]), signal.SIGKILL)
+    assert not left

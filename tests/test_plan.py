@@ -1,0 +1,212 @@
+"""The plan's arithmetic against sums written out by hand and against what an H100 measured; its command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune import plan
+from finetune.arguments import parse_arguments
+from finetune.errors import UserError
+from finetune.gpus import GIB, found_gpu, named_gpu
+from finetune.memory import (
+    KNOWN_SHAPES,
+    full_memory,
+    host_memory,
+    qlora_memory,
+    shape_of_config,
+    total,
+)
+from finetune.speed import (
+    Budget,
+    choose_full_budget,
+    choose_qlora_budget,
+    full_flops_per_token,
+    full_tokens_per_second,
+    qlora_flops_per_token,
+    qlora_tokens_per_second,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+QWEN, BAICHUAN = KNOWN_SHAPES["qwen-14b"], KNOWN_SHAPES["baichuan2-7b"]
+H100 = named_gpu("H100")
+
+# One H100 80GB, torch 2.11, Liger, packed rows, rank 64: micro-batch tokens, layers not recomputed, peak GiB that torch
+# allocated (paged AdamW's state is outside its allocator; LoRA weights were bfloat16), trained tokens per second.
+MEASURED_QLORA = [
+    (4096, 40, 35.4, 7646),
+    (6144, 40, 47.6, 8118),
+    (8192, 0, 14.2, 5016),
+    (4096, 30, 30.1, 6285),
+]
+# The same card, all of 7.5 B parameters, weights, gradients and moments in bfloat16.
+MEASURED_FULL = [(8192, 0, 59.3, 10316), (8192, 8, 66.8, 11261), (16384, 0, 62.4, 10983)]
+
+
+def test_parameters_by_hand() -> None:
+    # Qwen-14B: 40 layers of 4 x 5120^2 + 3 x 5120 x 13696, biases of q, k, v, two norms; final norm; 2 x 152064 x 5120
+    by_hand = 40 * (4 * 5120**2 + 3 * 5120 * 13696 + 3 * 5120 + 2 * 5120) + 5120 + 2 * 152064 * 5120
+    assert QWEN.parameters == by_hand == 14_167_290_880
+    # Baichuan2-7B's published count
+    assert BAICHUAN.parameters == 7_505_973_248
+    # rank 64: q, k, v, o 5120 -> 5120; gate, up 5120 -> 13696; down 13696 -> 5120
+    assert QWEN.lora_parameters(64) == 40 * 64 * (4 * (5120 + 5120) + 3 * (5120 + 13696))
+
+
+def test_shapes_of_configs_native_and_original() -> None:
+    original = {
+        "model_type": "qwen",
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "intermediate_size": 27392,
+        "vocab_size": 152064,
+    }
+    native = {**original, "model_type": "qwen2", "intermediate_size": 13696, "num_key_value_heads": 40}
+    assert shape_of_config(original) == shape_of_config(native) == QWEN
+    grouped = shape_of_config({**native, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True})
+    assert grouped.projections[:4] == ((5120, 2560), (5120, 512), (5120, 512), (2560, 5120))
+    assert grouped.embedding_parameters == 152064 * 5120
+    with pytest.raises(UserError, match="hidden_size"):
+        shape_of_config({"num_attention_heads": 2})
+
+
+def test_qlora_memory_by_hand() -> None:
+    parts = qlora_memory(QWEN, 64, tokens=1000, layers_kept=40, lora_bytes=4, optimizer_bytes=8)
+    nf4 = 40 * (4 * 5120**2 + 3 * 5120 * 13696) * (0.5 + 1 / 64 + 4 / 16384)
+    rest = (2 * 152064 * 5120 + 40 * 5 * 5120 + 5120) * 2
+    lora = 40 * 64 * (4 * 10240 + 3 * 18816)
+    assert parts["weights"] == pytest.approx(nf4 + rest + 4 * lora)
+    assert parts["gradients"] == 4 * lora
+    assert parts["optimizer"] == 8 * lora
+    # x, its norm, q, k, v, attention's output, x again, its norm; gate, up, their product; and one dequantised weight
+    assert parts["activations"] == 40 * 1000 * 2 * (8 * 5120 + 3 * 13696) + 2 * 5120 * 13696
+    assert parts["logits"] == 1024 * 152064 * 6
+    assert parts["buffers"] == 0
+    recomputed = qlora_memory(QWEN, 64, 1000, 0, 4, 8)["activations"]
+    assert recomputed == 40 * 1000 * 2 * 5120 + 1000 * 2 * (8 * 5120 + 3 * 13696)
+
+
+def test_full_memory_by_hand() -> None:
+    p = 7_505_973_248
+    kept = {stage: full_memory(BAICHUAN, stage, 4, 8192, 0) for stage in ("1", "2", "3", "2-offload", "3-offload")}
+    shares = {s: (m["weights"] / p, m["gradients"] / p, m["optimizer"] / p) for s, m in kept.items()}
+    assert shares == {
+        "1": (2, 2, 3),
+        "2": (2, 0.5, 3),
+        "3": (0.5, 0.5, 3),
+        "2-offload": (2, 0, 0),
+        "3-offload": (0, 0, 0),
+    }
+    alone = full_memory(BAICHUAN, "none", 1, 8192, 0)
+    assert (alone["weights"], alone["gradients"], alone["optimizer"], alone["buffers"]) == (2 * p, 2 * p, 4 * p, 0)
+    assert host_memory(BAICHUAN, "2-offload") == 14 * p
+    assert host_memory(BAICHUAN, "3-offload") == 16 * p
+    assert host_memory(BAICHUAN, "3") == 0
+
+
+@pytest.mark.parametrize(("tokens", "kept", "gib", "speed"), MEASURED_QLORA)
+def test_qlora_estimates_are_within_15_percent_of_the_measured(tokens: int, kept: int, gib: float, speed: int) -> None:
+    parts = qlora_memory(QWEN, 64, tokens, kept, lora_bytes=2, optimizer_bytes=8)
+    assert (total(parts) - parts["optimizer"]) / GIB == pytest.approx(gib, rel=0.15)
+    assert qlora_tokens_per_second(QWEN, 64, H100, Budget(tokens, kept)) == pytest.approx(speed, rel=0.15)
+
+
+@pytest.mark.parametrize(("tokens", "kept", "gib", "speed"), MEASURED_FULL)
+def test_full_estimates_are_within_15_percent_of_the_measured(tokens: int, kept: int, gib: float, speed: int) -> None:
+    assert total(full_memory(BAICHUAN, "none", 1, tokens, kept)) / GIB == pytest.approx(gib, rel=0.15)
+    assert full_tokens_per_second(BAICHUAN, H100, Budget(tokens, kept)) == pytest.approx(speed, rel=0.15)
+
+
+def test_flops_by_hand() -> None:
+    products = 40 * (4 * 5120**2 + 3 * 5120 * 13696)
+    head, lora = 152064 * 5120, 40 * 64 * (4 * 10240 + 3 * 18816)
+    assert qlora_flops_per_token(QWEN, 64) == 4 * (products + head) + 6 * lora
+    assert qlora_flops_per_token(QWEN, 64, 1.0) == 6 * products + 4 * head + 6 * lora
+    assert full_flops_per_token(BAICHUAN, 0.5) == 7 * 7_505_973_248
+
+
+def test_the_budget_fits_and_more_of_it_would_not() -> None:
+    room = 44 * GIB
+    chosen = choose_qlora_budget(QWEN, 64, H100, room, longest_row=1024, tokens_per_update=20_000)
+    assert total(qlora_memory(QWEN, 64, chosen.tokens, chosen.layers_kept)) <= room
+    larger = [Budget(tokens, 40) for tokens in (6144, 8192) if tokens > chosen.tokens] + [Budget(chosen.tokens, 40)]
+    assert all(total(qlora_memory(QWEN, 64, b.tokens, b.layers_kept)) > room for b in larger if b != chosen)
+    assert choose_qlora_budget(QWEN, 64, H100, 10 * GIB, 1024, 20_000) is None
+    fixed = choose_qlora_budget(QWEN, 64, H100, room, 1024, 20_000, layers_kept=(0, 0), tokens=5000)
+    assert fixed == Budget(5000, 0)
+    # An update of 900 tokens fills no larger budget than its own longest row.
+    assert choose_qlora_budget(QWEN, 64, H100, room, 1024, 900).tokens == 1024
+    assert choose_full_budget(BAICHUAN, "3", H100, 2, 20 * GIB, 512, 16_000) is None
+
+
+def test_two_a100s_need_stage_3_or_better_and_one_card_holds_a_7b() -> None:
+    work = plan.Workload(rows=77_250, tokens=330, epochs=2, longest_row=512, rows_per_update=96)
+    a100 = named_gpu("a100 80gb")
+    options = {option.name: option for option in plan.full_options(BAICHUAN, a100, 2, work)}
+    assert list(options) == ["1", "2", "3", "2-offload", "3-offload"]
+    assert plan.choose(list(options.values())).name in ("2", "3")
+    assert options["3-offload"].seconds > options["3"].seconds
+    assert work.updates == 2 * 805
+    alone = plan.choose(plan.full_options(BAICHUAN, a100, 1, work))
+    assert alone.name == "none"
+    small = plan.full_options(BAICHUAN, named_gpu("4090"), 1, work)
+    assert next(option for option in small if option.name == "none").budget is None
+
+
+def test_cards_by_the_names_of_people_and_drivers() -> None:
+    assert named_gpu("A100-80G").memory_gib > 75 > named_gpu("A100-40G").memory_gib
+    assert named_gpu("rtx 4090").name == named_gpu("4090").name == "RTX-4090"
+    assert named_gpu("h100").peak_tflops == 989
+    assert named_gpu("Z9000") is None and named_gpu("") is None
+    assert found_gpu("NVIDIA A100-SXM4-40GB", 39.4).name == "A100-40G"
+    assert found_gpu("NVIDIA H100 80GB HBM3", 79.1).name == "H100-80G"
+    assert found_gpu("NVIDIA H100 PCIe", 79.1).name == "H100-PCIE-80G"
+    assert found_gpu("NVIDIA A40", 44.9).name == "A40"
+    assert found_gpu("NVIDIA RTX A6000", 47.5).name == "A6000"
+    assert found_gpu("NVIDIA L40S", 44.4).name == "L40S"
+    assert found_gpu("NVIDIA GeForce RTX 4090", 23.6).name == "RTX-4090"
+    assert found_gpu("Tesla V100-SXM2-32GB", 31.7).name == "V100-32G"
+    assert found_gpu("AMD Instinct", 64) is None
+
+
+def test_rows_are_counted_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    turn = {"human": "问" * 40, "assistant": "答" * 8}
+    rows = [{"conversation": [turn]}, {"messages": [{"role": "user", "content": "x" * 4000}]}]
+    path.write_text("\ufeff" + "\n".join(json.dumps(row) for row in rows) + "\n")
+    # 48 characters at 0.75 and two texts' templates of 12; the other is cut to the limit
+    assert plan.rows_of_file(str(path), 100) == (2, (48 * 0.75 + 24 + 100) / 2)
+    arguments = parse_arguments(["--train_file", str(path), "--max_seq_length", "100", "--num_train_epochs", "3"])
+    work = plan.workload(arguments, gpus=2, rows=None, mean_tokens=None)
+    assert (work.rows, work.rows_per_update, work.updates) == (2, 16, 3)
+    path.write_text("not json\n")
+    with pytest.raises(UserError, match="rows.jsonl:1"):
+        plan.rows_of_file(str(path), 100)
+
+
+def run_plan(*flags: str, price: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-X", "importtime", "-m", "finetune.plan", *flags]
+    environment = {"PATH": "/usr/bin:/bin", "PRICE_PER_HOUR": price}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+def test_the_command_line_prints_the_tables() -> None:
+    flags = "--method full --model baichuan2-7b --gpu A100-80G --num_gpus 2 --rows 77250 --mean_tokens 330".split()
+    result = run_plan(*flags, "--max_seq_length", "512", price="10")
+    assert result.returncode == 0, result.stderr
+    assert all(
+        word in result.stdout for word in ("3-offload", "<- choice", "gradients", "14 hours", "disk:", "price: 10")
+    )
+    assert not any(name in result.stderr for name in ("| torch", "transformers", "numpy"))
+
+
+def test_the_command_line_says_what_to_do_when_nothing_fits() -> None:
+    result = run_plan("--model", "Qwen-14B-Chat", "--gpu", "T4", "--rows", "100", "--mean_tokens", "50")
+    assert result.returncode == 1
+    assert "nothing fits on 1 x T4" in result.stdout and "A40" in result.stdout
+    unknown = run_plan("--model", "qwen-14b", "--gpu", "A1000-80G", "--rows", "100", "--mean_tokens", "50")
+    assert unknown.returncode == 2 and "did you mean `A100-80G`" in unknown.stderr
+    assert "qwen-7b" in run_plan("--model", "nowhere").stderr

@@ -1,0 +1,73 @@
+"""Lines, clocks and money of a run, its report and picture, without a model."""
+
+import json
+from pathlib import Path
+
+from finetune.conversation import Sample
+from finetune.progress import Meter, clock, decoded_sample, progress_line, size_text
+from finetune.report import draw_losses, git_commit, run_numbers, versions, write_json
+from finetune.trainer import Progress
+
+
+def test_the_meter_counts_a_window() -> None:
+    meter = Meter(flops_per_token=50e9, peak_flops=1000e12, price_per_hour=3.6)
+    assert meter.read() == {}
+    meter.add(6000, 1.5)
+    meter.add(2000, 0.5)
+    assert meter.read() == {"tokens_per_second": 4000.0, "peak_share": 0.2}
+    assert meter.read() == {}
+    assert meter.cost(1000) == 1.0
+    on_cpu = Meter(flops_per_token=50e9)
+    on_cpu.add(10, 1)
+    assert on_cpu.read() == {"tokens_per_second": 10.0}
+
+
+def test_a_line_of_the_log() -> None:
+    logs = {
+        "loss": 1.23456,
+        "learning_rate": 5e-5,
+        "grad_norm": 0.3123,
+        "tokens_per_second": 7646.2,
+        "peak_share": 0.424,
+        "memory_gib": 35.42,
+        "cost": 0.314,
+    }
+    expected = "10/1547  loss 1.2346  lr 5.00e-05  grad 0.312  7,646 tokens/s  42.4 % of peak  35.4 GiB"
+    expected += "  eta 2:10:11  cost 0.31"
+    assert progress_line(logs, 10, 1547, 7811.4) == expected
+    assert progress_line({"eval_loss": 2.0}, 3, 9, 0.0) == "3/9  evaluation loss 2.0000  eta 0:00:00"
+    assert clock(59.6) == "0:01:00"
+    assert (size_text(1.5 * 2**30), size_text(12 * 2**20)) == ("1.5 GiB", "12 MiB")
+
+
+class _Letters:
+    """A tokenizer whose ids are code points."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_the_supervised_parts_of_a_row_are_marked() -> None:
+    text = "ask:yes;end"
+    supervised = "    yes;   "
+    labels = [ord(mark) if mark != " " else -100 for mark in supervised]
+    sample = Sample([ord(letter) for letter in text], labels, 1)
+    assert decoded_sample(_Letters(), sample) == "ask:[[yes;]]end"
+    everything = Sample([97, 98], [97, 98], 1)
+    assert decoded_sample(_Letters(), everything) == "[[ab]]"
+
+
+def test_the_report_and_the_picture(tmp_path: Path) -> None:
+    progress = Progress(seconds=1800, tokens=900_000, supervised_tokens=100, starts=2, peak_memory_bytes=3 * 2**30)
+    numbers = run_numbers(progress, Meter(1.0, price_per_hour=4.0), 50, 100)
+    assert (numbers["tokens_per_second"], numbers["cost"], numbers["peak_memory_gib"]) == (500.0, 2.0, 3.0)
+    write_json(tmp_path / "train_report.json", {"numbers": numbers, "path": tmp_path, "word": "相同"})
+    text = (tmp_path / "train_report.json").read_text(encoding="utf-8")
+    assert json.loads(text)["path"] == str(tmp_path) and "相同" in text
+    history = [{"step": step, "loss": 3 / step, "learning_rate": 1e-4} for step in range(1, 9)]
+    draw_losses([*history, {"step": 8, "eval_loss": 1.0}], tmp_path / "loss.png", "a run")
+    picture = (tmp_path / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "train_report.json"]
+    assert {"python", "torch", "transformers"} <= set(versions())
+    assert git_commit(tmp_path) is None

@@ -1,0 +1,90 @@
+"""Folders written aside and renamed, found again, rotated; other experiments refused; disk counted beforehand."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finetune import saving
+from finetune.errors import UserError
+
+IDENTITY = {"base_model": "aaaa", "lora_rank": 64, "rows_per_update": 32}
+
+
+def write(output_dir: Path, step: int, identity: dict | None = None, names: dict | None = None) -> Path:
+    written = saving.aside_dir(output_dir) / f"checkpoint-{step}"
+    written.mkdir(parents=True)
+    (written / "weights").write_text(str(step))
+    target = saving.checkpoint_dir(output_dir, step)
+    saving.publish(written, target, {"identity": identity or IDENTITY, "names": names or {}, "step": step})
+    return target
+
+
+def test_publishing_renames_and_replaces_a_torn_folder(tmp_path: Path) -> None:
+    torn = tmp_path / "checkpoint-5"
+    torn.mkdir()
+    (torn / "weights").write_text("half")
+    assert not saving.is_complete(torn)
+    assert write(tmp_path, 5) == torn
+    assert (torn / "weights").read_text() == "5"
+    assert saving.read_marker(torn)["step"] == 5
+    assert not (saving.aside_dir(tmp_path) / "checkpoint-5").exists()
+
+
+def test_the_newest_complete_checkpoint_is_found_by_number(tmp_path: Path) -> None:
+    assert saving.newest_checkpoint(tmp_path) == (None, [])
+    for step in (9, 10, 100):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-100" / saving.MARKER).write_text('{"step": 1')
+    newest, remarks = saving.newest_checkpoint(tmp_path)
+    assert newest == tmp_path / "checkpoint-10"
+    assert len(remarks) == 1 and "checkpoint-100" in remarks[0] and "skipped" in remarks[0]
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-8" / saving.MARKER).unlink()
+    removed = saving.rotate(tmp_path, 2, best=tmp_path / "checkpoint-2")
+    assert sorted(path.name for path in removed) == ["checkpoint-4", "checkpoint-8"]
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [10, 6, 2]
+    saving.rotate(tmp_path, 1)
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [10]
+
+
+def test_another_experiment_is_refused_with_what_differs(tmp_path: Path) -> None:
+    saving.check_same_run(tmp_path, IDENTITY, {})
+    write(tmp_path, 3, names={"base_model": "/models/a (aaaa)"})
+    saving.check_same_run(tmp_path, IDENTITY, {})
+    other = {**IDENTITY, "base_model": "bbbb", "rows_per_update": 64}
+    with pytest.raises(UserError) as failure:
+        saving.check_same_run(tmp_path, other, {"base_model": "/models/b (bbbb)"})
+    text = str(failure.value)
+    assert "base model: /models/a (aaaa) there, /models/b (bbbb) now" in text
+    assert "rows per update: 32 there, 64 now" in text
+    assert "lora_rank" not in text and "--output_dir" in text
+    shutil.move(tmp_path / "checkpoint-3", tmp_path / "final")
+    with pytest.raises(UserError, match="final belongs to another experiment"):
+        saving.check_same_run(tmp_path, other, {})
+
+
+def test_disk_is_counted_and_refused_when_short(tmp_path: Path) -> None:
+    # 223,150,080 weights, 4 bytes each and 8 of AdamW's state, and 20 MiB
+    one = saving.checkpoint_bytes(223_150_080, 4, 8)
+    assert one == 2_677_800_960 + 20_971_520
+    assert saving.disk_needed(one, 100, limit=1, has_best=False) == 2 * one + 100
+    assert saving.disk_needed(one, 100, limit=1, has_best=True) == 3 * one + 100
+    assert saving.disk_needed(one, 100, limit=2, has_best=False, existing=2) == one + 100
+    free = shutil.disk_usage(tmp_path).free
+    saving.check_disk(tmp_path / "not" / "yet", free // 2)
+    with pytest.raises(UserError, match="GiB are free"):
+        saving.check_disk(tmp_path / "not" / "yet", free * 2)
+
+
+def test_main_memory_is_refused_when_short() -> None:
+    free = saving.free_host_memory()
+    assert 2**26 < free < 2**45
+    saving.check_host_memory(free // 4, "saving")
+    with pytest.raises(UserError, match="saving needs .* GiB of main memory"):
+        saving.check_host_memory(free * 4, "saving")
