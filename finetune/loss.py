@@ -84,13 +84,14 @@ def _head_forward(self: nn.Linear, hidden: Tensor, targets_N: Tensor | None = No
     """Logits of `hidden`, or with targets the summed loss of hidden (N, H)."""
     if targets_N is None:
         return self._forward_all(hidden)
-    if hidden.is_cuda and targets_N.numel() and not self._normalize and (liger_loss := _liger_loss()):
-        return liger_loss(hidden, self.weight, targets_N, reduction="sum").float()
+    if hidden.is_cuda and targets_N.numel() and not self._normalize and (kernel := liger_loss()):
+        return kernel(hidden, self.weight, targets_N, reduction="sum").float()
     return summed_cross_entropy(hidden, self.weight, targets_N, self._chunk_rows, self._normalize)
 
 
 @lru_cache(maxsize=1)
-def _liger_loss() -> Any:
+def liger_loss() -> Any:
+    """Liger's fused head and cross-entropy, or None where liger_kernel is not installed."""
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     except ImportError:
