@@ -1,6 +1,7 @@
 """Promises about the repository as a whole: who imports whom, which settings exist, what answers --help."""
 
 import ast
+import importlib.metadata
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.environment import pins
 from scripts.settings import read_example
 from tests.conftest import NOT_COPIED, REPOSITORY
 
@@ -144,3 +146,20 @@ def test_every_shell_stops_at_the_first_error():
     for path in [*files("*.sh"), REPOSITORY / ".ci" / "run"]:
         lines = path.read_text().splitlines()
         assert lines[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in lines, path
+
+
+def test_every_package_that_is_imported_is_a_pinned_requirement():
+    """Also those that would come along with another one: its next version may drop them."""
+    distributions = importlib.metadata.packages_distributions()
+    pinned = {normal(name) for file in (REPOSITORY / "env").glob("*_requirements.txt") for name in pins([file])}
+    for path in [path for room in ROOMS if (REPOSITORY / room).exists() for path in files("*.py", below=room)]:
+        for name in (
+            {name.split(".")[0] for name in imports_of(path)} - sys.stdlib_module_names - set(ROOMS) - {"tests"}
+        ):
+            wanted = {normal(distribution) for distribution in distributions.get(name, [name])}
+            assert wanted & pinned, f"{path} imports {name}"
+
+
+def normal(name: str) -> str:
+    """A package's name as the index compares it."""
+    return re.sub("[-_.]+", "-", name).lower()
