@@ -4,13 +4,15 @@ Two spellings are read. The walkthrough's own::
 
     {"conversation": [{"human": "...", "assistant": "..."}, ...], "system": "..."}
 
-and OpenAI's ``{"messages": [{"role": "user", "content": "..."}, ...]}``. Other keys are ignored; a UTF-8 BOM is skipped.
+and OpenAI's ``{"messages": [{"role": "user", "content": "..."}, ...]}``.
+Other keys are ignored; a UTF-8 BOM is skipped.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from finetune.errors import UserError
 
@@ -84,7 +86,9 @@ def parse_row(data: Any, line: int) -> Row:
     if "messages" in data:
         system, turns = _turns_of_messages(data["messages"])
         return Row(line, turns, system)
-    raise RowError(f"expected the key `conversation` or `messages`, got {', '.join(map(repr, list(data)[:6])) or 'none'}")
+    raise RowError(
+        f"expected the key `conversation` or `messages`, got {', '.join(map(repr, list(data)[:6])) or 'none'}"
+    )
 
 
 def _parse_line(text: str, line: int) -> Row:
@@ -104,7 +108,9 @@ def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
     except OSError as error:
         raise UserError(f"{path}: expected a .jsonl file of training rows, but {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}. Convert it first.") from None
+        raise UserError(
+            f"{path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}. Convert it first."
+        ) from None
 
 
 def read_rows(path: str | Path) -> list[Row]:

@@ -37,7 +37,7 @@ def write_rows(path: Path, dataset: str, category: str, examples: list[tuple[str
 
 
 def generate(folder: Path) -> None:
-    """Write the four files into `folder`. Train and test are drawn as one list of distinct examples, then cut in two."""
+    """Write the four files into `folder`. Train and test are one list of distinct examples, cut in two."""
     for dataset, category, draw, counts in (
         ("text_matching_data", "文本匹配", matching_examples, NUM_MATCHING),
         ("keywords_data", "关键词抽取", draw_examples, NUM_KEYWORDS),

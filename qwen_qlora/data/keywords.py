@@ -37,7 +37,7 @@ def draw_example(rng: random.Random) -> tuple[str, str]:
     """(prompt, answer): a passage that opens with its topic and mentions two to four of its terms."""
     topic = rng.choice(list(TOPICS))
     terms = rng.sample(TOPICS[topic], rng.randint(2, 4))
-    clauses = [sentence.format(t=term) for sentence, term in zip(rng.sample(SENTENCES, len(terms)), terms)]
+    clauses = [sentence.format(t=term) for sentence, term in zip(rng.sample(SENTENCES, len(terms)), terms, strict=True)]
     passage = f"近日，一场关于{topic}的座谈会召开。" + "".join(clauses) + rng.choice(FILLERS)
     return rng.choice(PROMPTS).format(passage=passage), "、".join([topic, *terms])
 

@@ -1,7 +1,7 @@
 """Sentence frames: a meaning (a frame, an intent, one concept a slot) and the sentences that say it.
 
-A template names its slots in braces; `{x}` takes any word of the concept, `{x.0}` and `{x.1}` the more and the less side of a
-dimension. All templates of one intent mean the same; two intents of one frame never do.
+A template names its slots in braces; `{x}` takes any word of the concept, `{x.0}` and `{x.1}` the more and the less side
+of a dimension. All templates of one intent mean the same; two intents of one frame never do.
 """
 
 import random
@@ -23,7 +23,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a sentence says: equal meanings are paraphrases, different ones are not. `choice` holds (slot, concept index)."""
+    """What a sentence says: equal meanings are paraphrases, different ones are not; `choice` is (slot, concept) pairs."""
 
     frame: str
     intent: str
@@ -128,7 +128,7 @@ def draw_meaning(rng: random.Random) -> Meaning:
 
 
 def near_miss(meaning: Meaning, rng: random.Random) -> Meaning:
-    """A different meaning that differs in one thing only: two slots exchanged, another concept in a slot, another intent."""
+    """A meaning that differs in one thing only: two slots exchanged, another concept in a slot, or another intent."""
     frame, choice = FRAMES[meaning.frame], dict(meaning.choice)
     changes = ["intent", "slot"] + ["swap"] * 2 * bool(frame.swaps)
     change = rng.choice(changes)

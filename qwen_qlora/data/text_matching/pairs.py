@@ -1,8 +1,8 @@
 """Labelled sentence pairs that word overlap does not give away, and the prompts that ask about them.
 
-A positive pair is two sentences of one meaning, a negative one two sentences of near-miss meanings. Of a few candidates the
-positive pair with the *lowest* and the negative pair with the *highest* character overlap is preferred, so that overlap alone
-says little about the label.
+A positive pair is two sentences of one meaning, a negative one two sentences of near-miss meanings. Of a few candidates
+the positive pair with the *lowest* and the negative pair with the *highest* character overlap is preferred, so that
+overlap alone says little about the label.
 """
 
 import random
