@@ -152,6 +152,14 @@ def test_a_forgotten_adapter_is_found_by_the_check(tiny_qwen, adapter, tmp_path)
         compare(expected, found | {"token_ids": found["token_ids"] + 1})
 
 
+def test_a_check_that_tells_little_says_so(tmp_path, capsys):
+    result = {"max_abs_difference": 0.01, "relative_rms_difference": 0.001, "argmax_agreement": 1.0, "tokens": 9}
+    require_rounding_only(result | {"adapter_max_abs_effect": 0.01}, "bfloat16", tmp_path)
+    assert "tell little" in capsys.readouterr().out
+    require_rounding_only(result | {"adapter_max_abs_effect": 0.5}, "bfloat16", tmp_path)
+    assert "tell little" not in capsys.readouterr().out
+
+
 def test_compare_by_hand():
     want = torch.tensor([[1.0, 3.0], [0.0, 4.0]])  # mean 2, mean square around it (1 + 1 + 4 + 4) / 4
     have = torch.tensor([[1.0, 3.0], [4.0, 0.0]])  # squared difference (16 + 16) / 4
