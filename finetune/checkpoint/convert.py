@@ -52,10 +52,7 @@ def is_done(job: Job) -> bool:
     """Whether target is this conversion, finished. Raises UserError if it holds anything else."""
     marker = finished_conversion(job.target)
     if marker is None:
-        if os.path.ismount(job.target) or (job.target.exists() and any(job.target.iterdir())):
-            raise UserError(
-                f"{job.target} is not empty and holds no finished conversion. Name another folder or empty this one."
-            )
+        check_target_free(job.target)
         return False
     if marker["source_config"] != job.config:
         raise UserError(
@@ -65,6 +62,12 @@ def is_done(job: Job) -> bool:
     parameters = marker["num_parameters"]
     job.report(f"already done: {job.target} ({parameters:,} parameters, converted from {marker['source']})")
     return True
+
+
+def check_target_free(target: Path) -> None:
+    """Raise UserError unless target can be made by renaming a folder to it."""
+    if os.path.ismount(target) or (target.exists() and any(target.iterdir())):
+        raise UserError(f"{target} is not empty and holds no finished conversion. Name another folder, or empty it.")
 
 
 def prepare(job: Job) -> Manifest:
