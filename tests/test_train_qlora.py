@@ -1,0 +1,183 @@
+"""QLoRA training from the command line on a tiny converted Qwen checkpoint: real NF4, one rank and two.
+
+Two ranks go through finetune.launch and torchrun, are stopped half-way and go on.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from finetune.arguments import parse_arguments
+from finetune.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROWS = REPOSITORY / "qwen_qlora" / "data" / "text_matching_data_train.jsonl"
+NUM_ROWS, UPDATES = 44, 6  # 8 rows an update, the last of them 4
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    rows = tmp_path_factory.mktemp("rows") / "train.jsonl"
+    rows.write_text("".join(ROWS.open(encoding="utf-8").readlines()[:NUM_ROWS]), encoding="utf-8")
+    config = REPOSITORY / "qwen_qlora" / "config" / "qwen-14b-qlora.json"
+    return (
+        f"--train_args_file {config} --model_name_or_path {tiny_qwen} --train_file {rows} --learning_rate 2e-3"
+        " --gradient_accumulation_steps 2 --per_device_train_batch_size 4 --logging_steps 1 --save_steps 4"
+        " --warmup_steps 2 --lora_dropout 0 --tokens_per_micro_batch 300"
+    ).split()
+
+
+@pytest.fixture(scope="module")
+def finished(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A one-rank run from start to end, with an evaluation file, and what it printed in log.txt."""
+    folder = tmp_path_factory.mktemp("qlora")
+    command = [sys.executable, "-m", "qwen_qlora.train_qlora", *flags, "--output_dir", str(folder / "out")]
+    with open(folder / "log.txt", "w") as log:
+        environment = {**os.environ, "PRICE_PER_HOUR": "3.5"}
+        process = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+    assert process.returncode == 0, (folder / "log.txt").read_text()
+    return folder / "out"
+
+
+def report_of(output_dir: Path) -> dict:
+    return json.loads((output_dir / "train_report.json").read_text(encoding="utf-8"))
+
+
+def losses_of(output_dir: Path) -> list[float]:
+    return [entry["loss"] for entry in report_of(output_dir)["history"] if "loss" in entry]
+
+
+def run_here(flags: Sequence[str], output_dir: Path, *more: str) -> int:
+    from finetune.methods import QLORA
+    from finetune.training import run_training
+
+    return run_training(parse_arguments([*flags, "--output_dir", str(output_dir), *more]), QLORA)
+
+
+def test_a_run_leaves_everything_it_promises(finished: Path, tiny_qwen: Path) -> None:
+    report = report_of(finished)
+    assert (report["status"], report["updates"], report["identity"]["rows_per_update"]) == ("finished", UPDATES, 8)
+    losses = losses_of(finished)
+    assert len(losses) == UPDATES and losses[-1] < losses[0] - 0.05
+    rates = [entry["learning_rate"] for entry in report["history"]]
+    assert rates == pytest.approx([0, 1e-3, 2e-3, 2e-3, 2e-3, 2e-3])
+    assert report["predicted"]["peak_memory_gib"] > 0 and report["cost"] >= 0 and report["versions"]["torch"]
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list(finished.glob("runs/*/events.out.tfevents.*"))
+    assert [path.name for path in finished.glob("checkpoint-*")] == ["checkpoint-6"]
+    names = {path.name for path in (finished / "final").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "train_args.json"} <= names
+    assert json.loads((finished / "final" / "train_args.json").read_text())["learning_rate"] == 2e-3
+    from finetune.identity import check_adapter
+
+    check_adapter(finished / "final", tiny_qwen)
+
+
+def test_the_log_is_plain_and_tells_the_plan(finished: Path) -> None:
+    log = (finished.parent / "log.txt").read_text()
+    assert "\r" not in log and "Traceback" not in log and "Warning" not in log
+    assert f"plan: {NUM_ROWS} rows" in log and f"{UPDATES} updates of 8 rows" in log
+    assert "trained: 139,264 parameters of 374,080" in log
+    assert "fp16 is true, float32 is used" in log and "paged_adamw_32bit pages nothing on a CPU" in log
+    assert "<|im_start|>user\n" in log.replace("]]", "") and "[[" in log
+    lines = [line for line in log.splitlines() if line.startswith(f"{UPDATES}/{UPDATES}  loss")]
+    assert len(lines) == 1 and all(word in lines[0] for word in ("lr 2.00e-03", "grad", "tokens/s", "eta", "cost"))
+    assert log.strip().splitlines()[-1].startswith(("done:", "report:"))
+
+
+def test_the_adapter_has_the_last_loss_on_its_rows(finished: Path, flags: list[str], tiny_qwen: Path) -> None:
+    """Base plus final/ through peft's own modules and full logits: the loss of the rows fell as the log says."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from finetune.conversation import encode_rows
+    from finetune.rows import read_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(finished / "final")
+    rows = flags[flags.index("--train_file") + 1]
+    samples, _ = encode_rows(tokenizer, read_rows(rows), 1024)
+
+    def mean_loss(model: torch.nn.Module) -> float:
+        total, count = 0.0, 0
+        for sample in samples:
+            labels = torch.tensor([sample.labels])
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([sample.input_ids])).logits
+            total += torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").item()
+            count += int((labels[0, 1:] != -100).sum())
+        return total / count
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_qwen, dtype=torch.float32)
+    losses, before = losses_of(finished), mean_loss(base)
+    # 4-bit weights against 32-bit ones, rows of all updates against those of one: close, not equal
+    assert before == pytest.approx(losses[0], abs=0.1)
+    assert mean_loss(PeftModel.from_pretrained(base, finished / "final")) < losses[-1] + 0.1 < before
+
+
+def test_a_finished_run_is_left_alone_and_another_one_refused(
+    finished: Path, flags: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert run_here(flags, finished) == 0
+    assert "already done" in capsys.readouterr().out
+    for more, words in (
+        (("--lora_rank", "16"), "lora_rank: 64 there, 16 now"),
+        (("--gradient_accumulation_steps", "1"), "rows per update: 8 there, 4 now"),
+        (("--train_file", str(ROWS)), "training data: .*train.jsonl .* there, .*text_matching_data_train.jsonl .* now"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run_here(flags, finished, *more)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_what_is_missing_is_named_before_anything_is_loaded(flags: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="qwen-download"):
+        run_here(flags, tmp_path, "--model_name_or_path", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere.jsonl"):
+        run_here(flags, tmp_path, "--train_file", str(tmp_path / "nowhere.jsonl"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_ranks_stopped_and_resumed_have_the_losses_of_one(finished: Path, flags: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "two"
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    module = ["-m", "qwen_qlora.train_qlora", *flags, "--gradient_accumulation_steps", "1", "--output_dir", str(output)]
+    command = [sys.executable, "-m", "finetune.launch", *torchrun, *module]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    printed = []
+    for line in process.stderr:
+        printed.append(line)
+        if line.startswith("2/6 "):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 143, "".join(printed)
+    stopped = report_of(output)
+    assert stopped["status"] == "interrupted" and 2 <= stopped["updates"] < UPDATES
+    assert (output / "loss.png").exists() and (output / f"checkpoint-{stopped['updates']}" / "complete.json").exists()
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert f"going on from {output / 'checkpoint-'}" in again.stderr
+    assert losses_of(output) == pytest.approx(losses_of(finished), abs=1e-4)
+    assert (report_of(output)["starts"], report_of(output)["tokens"]) == (2, report_of(finished)["tokens"])
+    assert report_of(output)["seconds"] > stopped["seconds"]
+
+
+def test_a_torn_final_is_written_again(finished: Path, flags: list[str], tmp_path: Path) -> None:
+    import shutil
+
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    (output / "final" / "complete.json").unlink()
+    (output / "final" / "adapter_model.safetensors").write_bytes(b"half")
+    started = time.time()
+    assert run_here(flags, output, "--eval_split_percentage", "0") == 0
+    assert (output / "final" / "adapter_model.safetensors").stat().st_mtime > started - 1
+    weights = [(folder / "final" / "adapter_model.safetensors").read_bytes() for folder in (output, finished)]
+    assert weights[0] == weights[1]
