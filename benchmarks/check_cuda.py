@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from finetune.attention import attend_rows, enable_padding_free_attention, padding_free_attention
 from finetune.batching import collate
-from finetune.loss import enable_chunked_loss, liger_loss, summed_cross_entropy
+from finetune.loss import enable_chunked_loss, liger_cross_entropy, liger_loss, summed_cross_entropy
 from finetune.projection import dense_weight, fuse_projections
 from finetune.qlora import apply_liger
 
@@ -40,7 +40,7 @@ class Sizes:
     vocabulary: int
 
 
-QWEN_14B = Sizes(4096, 40, 128, 5120, 13696, 64, 512, 152064)
+QWEN_14B = Sizes(4096, 40, 128, 5120, 13696, 64, 1024, 152064)
 SMALL = Sizes(192, 4, 16, 128, 192, 8, 24, 500)
 Case = tuple[str, Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]
 
@@ -193,7 +193,11 @@ def loss_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     def chunked(hidden: Tensor, weight: Tensor) -> Tensor:
         return summed_cross_entropy(hidden, weight, targets, sizes.supervised // 3)
 
+    def frozen(kernel: Callable) -> Callable:
+        return lambda hidden: kernel(hidden, weight if hidden.dtype == weight.dtype else weight.float())
+
     yield "chunked loss", chunked, plain, [hidden, weight]
+    yield "chunked loss, frozen head", frozen(chunked), frozen(plain), [hidden]
 
     def normalized(hidden: Tensor, weight: Tensor) -> Tensor:
         return summed_cross_entropy(hidden, weight, targets, sizes.supervised // 3, normalize=True)
@@ -202,13 +206,13 @@ def loss_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
         return plain(hidden, functional.normalize(weight))
 
     yield "chunked loss, normalised head", normalized, plain_normalized, [hidden, weight]
-    liger = liger_loss() if device.type == "cuda" else None
-    if liger is not None:
+    if device.type == "cuda" and liger_loss() is not None:
 
         def with_liger(hidden: Tensor, weight: Tensor) -> Tensor:
-            return liger(hidden, weight, targets, reduction="sum")
+            return liger_cross_entropy(hidden, weight, targets, sizes.supervised // 3)
 
         yield "Liger's loss", with_liger, plain, [hidden, weight]
+        yield "Liger's loss, frozen head", frozen(with_liger), frozen(plain), [hidden]
 
 
 def model_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:

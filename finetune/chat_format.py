@@ -64,12 +64,12 @@ def skeleton(tokenizer: "PreTrainedTokenizerBase", roles: tuple[str, ...], add_g
     Raises UserError when there is no template, or it refuses the roles, drops or moves a message, or does not tell
     which part of the text is an answer.
     """
-    return _skeleton(tokenizer, tokenizer.chat_template, roles, add_generation_prompt)
+    return _skeleton(tokenizer, str(tokenizer.chat_template), roles, add_generation_prompt)
 
 
 @lru_cache(maxsize=1024)
 def _skeleton(
-    tokenizer: "PreTrainedTokenizerBase", template: str | None, roles: tuple[str, ...], add_generation_prompt: bool
+    tokenizer: "PreTrainedTokenizerBase", template: str, roles: tuple[str, ...], add_generation_prompt: bool
 ) -> Skeleton:
     text = _render(tokenizer, roles, add_generation_prompt)
     vocabulary = tokenizer.get_vocab()
@@ -180,7 +180,7 @@ def _marked(tokenizer: "PreTrainedTokenizerBase", text: str, roles: tuple[str, .
 
 def _answer_spans(tokenizer: "PreTrainedTokenizerBase", text: str, roles: tuple[str, ...]) -> list[tuple[int, int]]:
     """Character ranges of `text` that the model should learn to write."""
-    if re.search(r"{%-?\s*generation\s*-?%}", tokenizer.chat_template):
+    if re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template()):
         return _generation_spans(tokenizer, roles)
     spans = []
     for index in (index for index, role in enumerate(roles) if role == "assistant"):
@@ -200,7 +200,7 @@ def _generation_spans(tokenizer: "PreTrainedTokenizerBase", roles: tuple[str, ..
 
     _, spans = render_jinja_template(
         [_messages(roles)],
-        chat_template=tokenizer.chat_template,
+        chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         add_generation_prompt=False,
         **tokenizer.special_tokens_map,

@@ -11,6 +11,8 @@ needs four, and no use of the head's weight outside its own forward.
 Dimensions: T = tokens, N = supervised tokens, C = rows of a chunk, V = vocabulary, H = hidden size.
 """
 
+import inspect
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MethodType
@@ -73,19 +75,20 @@ def _model_forward(
     for name in ("num_items_in_batch", "use_cache", "logits_to_keep", "return_dict"):
         kwargs.pop(name, None)
     hidden_BTH = self.model(**inputs, use_cache=False, **kwargs).last_hidden_state
-    targets_BT = labels[:, 1:]
-    supervised_BT = targets_BT != IGNORE_INDEX
-    targets_N = targets_BT[supervised_BT]
-    loss = self.lm_head(hidden_BTH[:, :-1][supervised_BT], targets_N)
-    return SummedLossOutput(loss=loss, num_tokens=torch.tensor(targets_N.numel(), device=loss.device))
+    targets_T = labels.new_full(labels.shape, IGNORE_INDEX)
+    targets_T[:, :-1] = labels[:, 1:]
+    targets_T = targets_T.flatten()
+    positions_N = torch.nonzero(targets_T != IGNORE_INDEX).flatten()
+    loss = self.lm_head(hidden_BTH.flatten(0, 1).index_select(0, positions_N), targets_T[positions_N])
+    return SummedLossOutput(loss=loss, num_tokens=torch.tensor(len(positions_N), device=loss.device))
 
 
 def _head_forward(self: nn.Linear, hidden: Tensor, targets_N: Tensor | None = None) -> Tensor:
     """Logits of `hidden`, or with targets the summed loss of hidden (N, H)."""
     if targets_N is None:
         return self._forward_all(hidden)
-    if hidden.is_cuda and targets_N.numel() and not self._normalize and (kernel := liger_loss()):
-        return kernel(hidden, self.weight, targets_N, reduction="sum").float()
+    if hidden.is_cuda and targets_N.numel() and not self._normalize and liger_loss():
+        return liger_cross_entropy(hidden, self.weight, targets_N, self._chunk_rows)
     return summed_cross_entropy(hidden, self.weight, targets_N, self._chunk_rows, self._normalize)
 
 
@@ -97,6 +100,16 @@ def liger_loss() -> Any:
     except ImportError:
         return None
     return liger_fused_linear_cross_entropy
+
+
+def liger_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk_rows: int = 1024) -> Tensor:
+    """The same sum as `summed_cross_entropy` by Liger's kernel; CUDA, N > 0."""
+    kernel, options = liger_loss(), {}
+    if "chunk_mem_const" in inspect.signature(kernel).parameters:
+        # By default Liger's chunks hold N * H / V rows: a few dozen here, each of which reads the whole head.
+        chunks = math.ceil(len(targets_N) / chunk_rows)
+        options["chunk_mem_const"] = math.ceil(weight_VH.shape[0] / (weight_VH.shape[1] * chunks))
+    return kernel(hidden_NH, weight_VH, targets_N, reduction="sum", **options).float()
 
 
 def summed_cross_entropy(
@@ -134,18 +147,22 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VH) if wants_weight else None
         scale_V1 = _inverse_norms(weight_VH) if normalize else None
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(targets_N), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            hidden_CH = hidden_NH[rows].to(dtype)
+        # Equal chunks: a last one of a few rows would read the whole head for them.
+        num_chunks = max(1, math.ceil(len(targets_N) / chunk_rows))
+        results = hidden_NH if grad_hidden is None else grad_hidden
+        parts = (tensor.tensor_split(num_chunks) for tensor in (hidden_NH, targets_N, results))
+        for hidden_CH, targets_C, result_CH in zip(*parts, strict=True):
+            hidden_CH = hidden_CH.to(dtype)
             logits_CV = (hidden_CH @ weight.T).float()
             if scale_V1 is not None:
                 logits_CV *= scale_V1.T
-            chunk_loss, grad_CV = _cross_entropy_(logits_CV, targets_N[rows])
+            chunk_loss, grad_CV = _cross_entropy_(logits_CV, targets_C)
             loss += chunk_loss
             if grad_weight is not None:
                 _add_product_(grad_weight, grad_CV.to(dtype).T, hidden_CH)
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad_CV if scale_V1 is None else grad_CV.mul_(scale_V1.T)).to(dtype) @ weight
+                grad_CV = grad_CV if scale_V1 is None else grad_CV.mul_(scale_V1.T)
+                result_CH.copy_(grad_CV.to(dtype) @ weight)
         if grad_weight is not None and scale_V1 is not None:
             _through_normalization_(grad_weight, weight_VH, scale_V1)
         ctx.save_for_backward(grad_hidden, grad_weight)
