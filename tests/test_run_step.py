@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import time
@@ -198,3 +200,37 @@ def test_steps_that_are_not_known_and_switches_that_are_neither_on_nor_off(check
     )
     for name in ("x", "y"):
         run_step(checkout, "stop", name)
+
+
+def test_a_chat_keeps_its_terminal_and_ctrl_c_reaches_only_its_reply(checkout):
+    """Through a real terminal: make passes the keys on, and Ctrl-C arrives once, as the program's KeyboardInterrupt."""
+    program = checkout / "chat.py"
+    program.write_text(
+        "while True:\n"
+        "    try:\n"
+        "        print('got', input('> '), flush=True)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('stopped', flush=True)\n"
+        "    except EOFError:\n"
+        "        break\n"
+    )
+    (checkout / "Makefile").write_text("chat: ; @python3 scripts/run_step.py run chat -- python3 chat.py\n")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(checkout)
+        os.execvp("make", ["make", "chat"])
+    seen = ""
+
+    def shown(text: str) -> bool:
+        nonlocal seen
+        if select.select([terminal], [], [], 0.1)[0]:
+            seen += os.read(terminal, 4096).decode()
+        return text in seen
+
+    for keys, answer in [("hello\n", "got hello"), ("\x03", "stopped"), ("again\n", "got again")]:
+        wait_for(lambda: seen.endswith("> ") or shown("> "))
+        os.write(terminal, keys.encode())
+        wait_for(lambda answer=answer: shown(answer))
+    assert seen.count("stopped") == 1
+    os.write(terminal, b"\x04")
+    os.waitpid(pid, 0)
