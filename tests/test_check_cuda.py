@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 
 from benchmarks import check_cuda
@@ -24,3 +25,10 @@ def test_a_wrong_kernel_exceeds_its_bound(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["check_cuda", "--device", "cpu"])
     assert check_cuda.main() == 1
     assert capsys.readouterr().out.count("EXCEEDED") == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_passes_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["check_cuda", "--device", "cuda"])
+    assert check_cuda.main() == 0
