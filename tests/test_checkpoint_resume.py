@@ -197,13 +197,19 @@ def test_program(tmp_path, source):
     first = run_program(source, target, "--keep_original", "0")
     assert (first.returncode, first.stdout) == (0, f"{target}\n")
     assert "model-00003-of-00003.safetensors: 0.0007 GB of 0.0007 GB converted, 0 s to go" in first.stderr
-    again = run_program(source, target)
-    assert again.returncode == 0 and again.stderr.startswith("already done: ")
-    native = run_program(target, tmp_path / "other")
-    assert (native.returncode, native.stdout) == (0, f"{target}\n")
-    assert "is native already (qwen2): nothing to convert" in native.stderr and not (tmp_path / "other").exists()
     missing = run_program(tmp_path / "nowhere", target)
     assert missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
+
+
+def test_finished_and_native_are_left_alone(tmp_path, source, tiny_qwen, capsys):
+    target = convert_checkpoint(source, tmp_path / "qwen")
+    before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
+    assert convert_checkpoint(source, target) == target
+    assert "already done: " in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
+    assert convert_checkpoint(tiny_qwen, tmp_path / "other") == tiny_qwen
+    assert "is native already (qwen2): nothing to convert" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_planning_needs_no_heavy_import():

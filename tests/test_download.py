@@ -17,6 +17,7 @@ from finetune.download import Wish, download_model
 from finetune.errors import UserError
 from finetune.hub_files import needed_files
 from finetune.hubs import RemoteFile
+from llm_code.llm_download import baichuan2_7B_base_download
 from tests.hub import Hub
 
 MODEL_ID = "qwen/Qwen-14B-Chat"
@@ -52,12 +53,15 @@ def wish(tmp_path, source="modelscope", revision="v1.0.8", model_id=MODEL_ID, ke
     return Wish(source, model_id, revision, tmp_path / "base", tmp_path / "base" / "native", keep_original)
 
 
-def run_program(wish, module="qwen_qlora.qwen_download", **options):
+def command_line(wish, module="qwen_qlora.qwen_download"):
     """The command line the make target runs."""
     command = [sys.executable, "-m", module, "--model_id", wish.model_id, "--revision", wish.revision]
     command += ["--source", wish.source, "--download_dir", str(wish.download_dir), "--model_dir", str(wish.model_dir)]
-    command += ["--keep_original", str(int(wish.keep_original))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return [*command, "--keep_original", str(int(wish.keep_original))]
+
+
+def run_program(wish):
+    return subprocess.Popen(command_line(wish), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def weights(folder):
@@ -275,12 +279,12 @@ def test_folders_of_other_models_are_left_alone(tmp_path, hub):
         download_model(wish(tmp_path))
 
 
-def test_baichuan_program(tmp_path, hub, tiny_baichuan_original, tiny_baichuan):
+def test_baichuan_program(tmp_path, hub, tiny_baichuan_original, tiny_baichuan, monkeypatch, capsys):
     hub.add("baichuan-inc/Baichuan2-7B-Chat", "v1.0.2", tiny_baichuan_original)
     wanted = wish(tmp_path, revision="v1.0.2", model_id="baichuan-inc/Baichuan2-7B-Chat")
-    process = run_program(wanted, "llm_code.llm_download.baichuan2_7B_base_download")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    monkeypatch.setattr(sys, "argv", command_line(wanted, "baichuan")[2:])
+    baichuan2_7B_base_download.main()
+    assert capsys.readouterr().out == f"{wanted.model_dir}\n"
     assert weights(wanted.model_dir) == weights(tiny_baichuan)
 
 
