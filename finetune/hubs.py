@@ -1,6 +1,6 @@
 """The two hubs a model can come from, behind one shape: list a revision's files, fetch some of them.
 
-modelscope is read through its own snapshot_download (pieces in parallel, resumed by Range, sha256 checked), Hugging
+modelscope is read through its own snapshot_download (four files at a time, resumed by Range, sha256 checked), Hugging
 Face through huggingface_hub's. MODELSCOPE_ENDPOINT and HF_ENDPOINT name a mirror, MODELSCOPE_API_TOKEN and HF_TOKEN a
 token.
 """

@@ -17,6 +17,7 @@ from finetune.download import Wish, download_model
 from finetune.errors import UserError
 from finetune.hub_files import needed_files
 from finetune.hubs import RemoteFile
+from finetune.transfer import progress_lines
 from llm_code.llm_download import baichuan2_7B_base_download
 from tests.hub import Hub
 
@@ -97,6 +98,14 @@ def test_cut_connection_is_resumed(tmp_path, hub, tiny_qwen, source, monkeypatch
     assert weights(target) == weights(tiny_qwen)
     first, second = hub.transfers(SHARD)
     assert first is None and int(second.removeprefix("bytes=").rstrip("-")) >= 65_536
+
+
+def test_progress_in_a_log(tmp_path, capsys):
+    with progress_lines(tmp_path, 2_000_000_000, seconds=0.05):
+        os.truncate(os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR), 1_000_000_000)  # sparse
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1 and all(line.startswith("1.0 of 2.0 GB downloaded, ") for line in lines)
 
 
 def test_killed_download_goes_on(tmp_path, hub, tiny_qwen):
