@@ -153,6 +153,7 @@ def test_disk_that_fills_up_meanwhile(tmp_path, source, monkeypatch):
 
 def test_modes_licences_and_marker(tiny_qwen, tiny_qwen_original, tiny_baichuan):
     for folder in (tiny_qwen, tiny_baichuan):
+        assert not (folder / "conversion_manifest.json").exists() and not list(folder.glob("*.tmp"))
         assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
     assert (tiny_qwen / "LICENSE").read_bytes() == (tiny_qwen_original / "LICENSE").read_bytes()
     assert "Tongyi Qianwen LICENSE AGREEMENT, Copyright (c) Alibaba Cloud" in (tiny_qwen / "Notice.txt").read_text()

@@ -8,6 +8,7 @@ import unicodedata
 import pytest
 import sentencepiece
 import tiktoken
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from finetune.checkpoint.tokenizer_baichuan2 import read_model
@@ -62,11 +63,17 @@ def baichuan_tokenizer(tiny_baichuan):
     return AutoTokenizer.from_pretrained(tiny_baichuan)
 
 
-def test_qwen_ids(texts, qwen_reference, qwen_tokenizer):
+def ids_by_file(folder, texts):
+    """What loaders get that take tokenizer.json as it stands, as AutoTokenizer need not."""
+    return [encoding.ids for encoding in Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(texts)]
+
+
+def test_qwen_ids(texts, qwen_reference, qwen_tokenizer, tiny_qwen):
     composed = [unicodedata.normalize("NFC", text) for text in texts]
     assert any(text != other for text, other in zip(texts, composed, strict=True))
     expected = [qwen_reference.encode(text, allowed_special="all") for text in composed]
     assert qwen_tokenizer(texts, add_special_tokens=False)["input_ids"] == expected
+    assert ids_by_file(tiny_qwen, texts) == expected
     assert qwen_tokenizer.batch_decode(expected) == composed
 
 
@@ -83,10 +90,11 @@ def test_qwen_text_split_from_control_tokens(qwen_reference, qwen_tokenizer):
     assert qwen_tokenizer(text, split_special_tokens=True)["input_ids"] == qwen_reference.encode_ordinary(text)
 
 
-def test_baichuan_ids(texts, tiny_baichuan_original, baichuan_tokenizer):
+def test_baichuan_ids(texts, tiny_baichuan_original, tiny_baichuan, baichuan_tokenizer):
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny_baichuan_original / "tokenizer.model"))
     expected = reference.encode(texts)
     assert baichuan_tokenizer(texts, add_special_tokens=False)["input_ids"] == expected
+    assert ids_by_file(tiny_baichuan, texts) == expected
     assert baichuan_tokenizer.batch_decode(expected) == reference.decode(expected)
     assert type(baichuan_tokenizer).__name__ != "LlamaTokenizer"
 
