@@ -162,7 +162,7 @@ def test_modes_licences_and_marker(tiny_qwen, tiny_qwen_original, tiny_baichuan)
     assert [(m["layout"], m["norm_head"]) for m in markers] == [("qwen1", False), ("baichuan2", True)]
 
 
-def test_configs(tiny_qwen, tiny_baichuan):
+def test_configs(tiny_qwen, tiny_qwen_original, tiny_baichuan):
     def load(folder, name):
         return json.loads((folder / name).read_text())
 
@@ -171,10 +171,12 @@ def test_configs(tiny_qwen, tiny_baichuan):
     assert (qwen["dtype"], qwen["torch_dtype"], qwen["rope_theta"]) == ("bfloat16", "bfloat16", 10000.0)
     assert (baichuan["pad_token_id"], baichuan["max_position_embeddings"]) == (0, 4096)
     generation = load(tiny_qwen, "generation_config.json")
-    assert generation["eos_token_id"] == [2050, 2048, 2049] and generation["pad_token_id"] == 2048
+    ranks = len((tiny_qwen_original / "qwen.tiktoken").read_text().splitlines())
+    stops = [ranks + 2, ranks, ranks + 1]
+    assert generation["eos_token_id"] == stops and generation["pad_token_id"] == ranks
     assert (generation["top_p"], generation["repetition_penalty"], generation["top_k"]) == (0.8, 1.1, 0)
     assert load(tiny_baichuan, "generation_config.json")["repetition_penalty"] == 1.05
-    assert AutoModelForCausalLM.from_pretrained(tiny_qwen).generation_config.eos_token_id == [2050, 2048, 2049]
+    assert AutoModelForCausalLM.from_pretrained(tiny_qwen).generation_config.eos_token_id == stops
 
 
 def test_research_licence_is_named(tmp_path, source):

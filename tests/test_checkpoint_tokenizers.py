@@ -162,7 +162,8 @@ def test_template_refuses_unknown_roles(request, family):
 
 def test_damaged_vocabularies_are_refused(tmp_path, tiny_qwen_original, tiny_baichuan_original):
     torn = tmp_path / "qwen.tiktoken"
-    torn.write_bytes((tiny_qwen_original / "qwen.tiktoken").read_bytes()[:5000])
+    whole = (tiny_qwen_original / "qwen.tiktoken").read_bytes()
+    torn.write_bytes(whole[: whole.index(b" 700\n")])
     with pytest.raises(UserError, match=re.escape(str(torn))):
         read_ranks(torn)
     model = tmp_path / "tokenizer.model"
