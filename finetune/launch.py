@@ -37,6 +37,8 @@ PR_SET_PDEATHSIG = 1
 
 def run_rank(main: Callable[[], int | None]) -> NoReturn:
     """run_main for a program that may be one rank of several: an error of all is printed once, the status noted."""
+    # Until training begins there is nothing to save: leave at once, but as one who was asked to.
+    signal.signal(signal.SIGTERM, _leave)
     try:
         run_main(lambda: _print_once(main))
     except SystemExit as leaving:
@@ -50,6 +52,10 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
             status = 0
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _print_once(main: Callable[[], int | None]) -> int | None:

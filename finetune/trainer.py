@@ -478,6 +478,14 @@ class UpdateTrainer(Trainer):
             raise UserError(f"{adapter} does not fit the model: unexpected {found.unexpected_keys[:3]}.")
         return None
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """State by way of main memory: a GPU may be full, and transformers 5.17 fails on a CPU with several ranks."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        for name, target in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+            target.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
     # ---- the whole run ----
 
     def run(self) -> int:

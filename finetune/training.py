@@ -326,7 +326,7 @@ def _train(
     checkpoint_layers(model, shape.layers - budget.layers_kept)
     last_update = updates_in_all(arguments, len(samples), identity["rows_per_update"])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    _check_disk(arguments, method, room, trainable, bool(evaluation))
+    _check_saving(arguments, method, room, trainable, bool(evaluation))
     trainer = _build_trainer(
         arguments,
         method,
@@ -371,9 +371,11 @@ def _room(
     )
 
 
-def _check_disk(arguments: Arguments, method: Method, room: Room, trainable: int, has_best: bool) -> None:
+def _check_saving(arguments: Arguments, method: Method, room: Room, trainable: int, has_best: bool) -> None:
+    """Disk for all checkpoints and main memory for one, before the first update."""
     if is_first_rank():
         one = saving.checkpoint_bytes(trainable, method.weight_bytes, room.optimizer_bytes)
+        saving.check_host_memory(one, "saving a checkpoint")
         final = saving.checkpoint_bytes(trainable, method.weight_bytes, 0)
         output_dir = arguments.train.output_dir
         existing = len(saving.list_checkpoints(output_dir))
@@ -485,6 +487,17 @@ def _run(
     finally:
         if is_first_rank():
             _write_report(arguments, method, trainer, room, budget, last_update, status)
+        if status != "stopped by an error":
+            _leave_group()
+
+
+def _leave_group() -> None:
+    """Ranks part in order; one that just exits may make another one's last collective fail."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _write_report(
@@ -503,7 +516,10 @@ def _write_report(
     trainer.mark_time()
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     numbers = report.run_numbers(trainer.progress, trainer.meter, trainer.state.global_step, last_update)
-    predicted = {"peak_memory_gib": round(total(method.predict_memory(room, budget)) / GIB, 2)}
+    parts = method.predict_memory(room, budget)
+    if arguments.train.optim.startswith("paged_"):
+        parts.pop("optimizer")  # it lies outside the allocator whose peak is measured
+    predicted = {"peak_memory_gib": round(total(parts) / GIB, 2)}
     if room.gpu and method.tokens_per_second:
         predicted["tokens_per_second"] = round(method.tokens_per_second(room, budget) * room.world_size, 1)
     output_dir = Path(arguments.train.output_dir)

@@ -1,10 +1,12 @@
 """Lines, clocks and money of a run, its report and picture, without a model."""
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from finetune.conversation import Sample
-from finetune.progress import Meter, clock, decoded_sample, progress_line, size_text
+from finetune.progress import Meter, ProgressCallback, clock, decoded_sample, progress_line, size_text
 from finetune.report import draw_losses, git_commit, run_numbers, versions, write_json
 from finetune.trainer import Progress
 
@@ -38,6 +40,30 @@ def test_a_line_of_the_log() -> None:
     assert progress_line({"eval_loss": 2.0}, 3, 9, 0.0) == "3/9  evaluation loss 2.0000  eta 0:00:00"
     assert clock(59.6) == "0:01:00"
     assert (size_text(1.5 * 2**30), size_text(12 * 2**20)) == ("1.5 GiB", "12 MiB")
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal_and_lines_in_a_log() -> None:
+    for stream in (_Terminal(), io.StringIO()):
+        trainer = SimpleNamespace(progress=Progress())
+        callback = ProgressCallback(trainer, Meter(1.0), stream)
+        state = SimpleNamespace(global_step=4, max_steps=6, is_world_process_zero=True)
+        callback.on_train_begin(None, state, None)
+        for _ in range(2):
+            callback.on_step_begin(None, state, None)
+            trainer.progress.tokens += 50
+            state.global_step += 1
+            callback.on_step_end(None, state, None)
+        callback.on_log(None, state, None, {"loss": 1.5})
+        callback.on_log(None, state, None, {"train_runtime": 1.5})
+        callback.on_train_end(None, state, None)
+        assert callback.meter.tokens == 100 and callback.meter.seconds > 0
+        assert "6/6  loss 1.5000  eta 0:00:00\n" in stream.getvalue()
+        assert ("\r" in stream.getvalue() and "6/6 [" in stream.getvalue()) == stream.isatty()
 
 
 class _Letters:

@@ -169,6 +169,16 @@ def test_two_ranks_stopped_and_resumed_have_the_losses_of_one(finished: Path, fl
     assert report_of(output)["seconds"] > stopped["seconds"]
 
 
+def test_a_held_out_part_is_measured(flags: list[str], tmp_path: Path) -> None:
+    more = "--eval_split_percentage 20 --eval_steps 2 --max_steps 4 --bf16 true --fp16 false --report_to none".split()
+    assert run_here(flags, tmp_path, *more) == 0
+    report = report_of(tmp_path)
+    measured = {entry["step"]: entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry}
+    assert sorted(measured) == [2, 4] and 5 < measured[4] < measured[2]
+    assert report["best_checkpoint"] == str(tmp_path / "checkpoint-4")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_torn_final_is_written_again(finished: Path, flags: list[str], tmp_path: Path) -> None:
     import shutil
 
