@@ -3,37 +3,28 @@
 from typing import TYPE_CHECKING
 
 from finetune.arguments import Arguments
-from finetune.memory import Shape, qlora_memory
+from finetune.memory import qlora_memory
+from finetune.room import Method, Room, layers_allowed
 from finetune.speed import Budget, choose_qlora_budget, qlora_flops_per_token, qlora_tokens_per_second
-from finetune.training import Method, Room
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
-def _load(arguments: Arguments, dtype: str, device: "torch.device") -> "PreTrainedModel":
-    import torch
-
+def _load(arguments: Arguments, dtype: "torch.dtype", device: "torch.device") -> "PreTrainedModel":
     from finetune.loss import enable_chunked_loss
     from finetune.qlora import attach_lora, fuse_projections, load_quantized
 
-    model = load_quantized(arguments.model.model_name_or_path, device, getattr(torch, dtype))
-    enable_chunked_loss(model)
     lora = arguments.lora
+    model = load_quantized(arguments.model.model_name_or_path, device, dtype)
+    enable_chunked_loss(model)
     model = attach_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout)
     fuse_projections(model)
     return model
 
 
 def _choose_budget(room: Room) -> Budget | None:
-    train, layers = room.arguments.train, room.shape.layers
-    if not train.gradient_checkpointing:
-        kept = (layers, layers)
-    elif train.recompute_layers >= 0:
-        kept = (max(0, layers - train.recompute_layers),) * 2
-    else:
-        kept = None
     return choose_qlora_budget(
         room.shape,
         room.arguments.lora.lora_rank,
@@ -42,9 +33,9 @@ def _choose_budget(room: Room) -> Budget | None:
         room.longest_row,
         room.tokens_per_update,
         gpus=room.world_size,
-        lora_bytes=room.lora_bytes,
-        optimizer_bytes=room.optimizer_bytes,
-        layers_kept=kept,
+        lora_bytes=room.trained_bytes,
+        optimizer_bytes=room.state_bytes,
+        layers_kept=layers_allowed(room),
         tokens=room.arguments.train.tokens_per_micro_batch or None,
     )
 
@@ -55,15 +46,15 @@ def _predict_memory(room: Room, budget: Budget) -> dict[str, float]:
         room.arguments.lora.lora_rank,
         budget.tokens,
         budget.layers_kept,
-        room.lora_bytes,
-        room.optimizer_bytes,
+        room.trained_bytes,
+        room.state_bytes,
         room.world_size,
         room.width,
     )
 
 
-def _flops_per_token(arguments: Arguments, shape: Shape) -> float:
-    return qlora_flops_per_token(shape, arguments.lora.lora_rank)
+def _flops_per_token(room: Room) -> float:
+    return qlora_flops_per_token(room.shape, room.arguments.lora.lora_rank)
 
 
 def _tokens_per_second(room: Room, budget: Budget) -> float:
@@ -76,6 +67,5 @@ QLORA = Method(
     choose_budget=_choose_budget,
     predict_memory=_predict_memory,
     flops_per_token=_flops_per_token,
-    weight_bytes=4,
     tokens_per_second=_tokens_per_second,
 )

@@ -14,22 +14,21 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
-from finetune import saving
-from finetune.batching import IGNORE_INDEX, Update, collate, plan_epoch
+from finetune.batching import collate, plan_epoch
+from finetune.checkpointing import CheckpointingTrainer, Progress, RunPlan
 from finetune.errors import UserError
 from finetune.progress import Meter
 from finetune.signals import StopRequest
+from finetune.updates import RankUpdate, UpdateDataset, count_supervised, cut_in_pieces, update_loader
 
 if TYPE_CHECKING:
     from finetune.conversation import Sample
@@ -39,122 +38,7 @@ SMALLEST_BUDGET = 16
 MAX_ROWS_NAMED = 20
 
 
-def count_supervised(sample: "Sample") -> int:
-    """Labels that the model predicts: the first token of a row is predicted by nothing."""
-    return sum(label != IGNORE_INDEX for label in sample.labels[1:])
-
-
-@dataclass
-class RankUpdate:
-    """What one rank does in one update. Token counts are of the whole update, over all ranks."""
-
-    micro_batches: list[list[int]]
-    rows: list[int]
-    num_tokens: int
-    num_supervised: int
-
-
-class UpdateSampler:
-    """Indices 0 .. updates - 1, one at a time: which rows they stand for is the plan's business."""
-
-    def __init__(self, dataset: "UpdateDataset") -> None:
-        self.dataset = dataset
-        self.batch_size, self.drop_last = 1, False
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter([index] for index in range(len(self.dataset)))
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-
-class UpdateDataset:
-    """The updates of the current epoch, as one rank sees them."""
-
-    def __init__(
-        self, samples: "Sequence[Sample]", rows_per_update: int, rank: int, world_size: int, seed: int
-    ) -> None:
-        self.samples = samples
-        self.lengths = [len(sample.input_ids) for sample in samples]
-        self.supervised = [count_supervised(sample) for sample in samples]
-        self.rows_per_update, self.rank, self.world_size, self.seed = rows_per_update, rank, world_size, seed
-        self._planned: tuple[int, int] | None = None
-        self._updates: list[Update] = []
-        self.epoch = 0
-        self.token_budget = 0
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.samples) / self.rows_per_update)
-
-    def __getitem__(self, index: int) -> RankUpdate:
-        if self._planned != (self.epoch, self.token_budget):
-            self._updates = plan_epoch(
-                self.lengths, self.rows_per_update, self.world_size, self.token_budget, self.seed, self.epoch
-            )
-            self._planned = (self.epoch, self.token_budget)
-        update = self._updates[index]
-        rows = update.rows
-        return RankUpdate(
-            micro_batches=update.micro_batches[self.rank],
-            rows=rows,
-            num_tokens=sum(self.lengths[row] for row in rows),
-            num_supervised=sum(self.supervised[row] for row in rows),
-        )
-
-
-class UpdateLoader(DataLoader):
-    """A DataLoader over updates, so that accelerate can skip those already done."""
-
-    def __init__(self, dataset: UpdateDataset) -> None:
-        # Its own generator: DataLoader draws a number an epoch, which must not move the dropout's generator.
-        super().__init__(
-            dataset,
-            batch_sampler=UpdateSampler(dataset),
-            collate_fn=_only_item,
-            generator=torch.Generator().manual_seed(0),
-        )
-
-
-def _only_item(items: list[RankUpdate]) -> RankUpdate:
-    return items[0]
-
-
-def cut_in_pieces(rows: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Rows in order, in pieces of at most token_budget tokens; a longer row is a piece by itself."""
-    pieces: list[list[int]] = [[]]
-    for row in rows:
-        if pieces[-1] and sum(lengths[r] for r in pieces[-1]) + lengths[row] > token_budget:
-            pieces.append([])
-        pieces[-1].append(row)
-    return pieces
-
-
-@dataclass
-class Progress:
-    """What a run has done so far, over all its starts; kept in every checkpoint."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    starts: int = 0
-    peak_memory_bytes: int = 0
-
-
-@dataclass
-class RunPlan:
-    """What the trainer needs to know beyond transformers' arguments."""
-
-    rows_per_update: int
-    token_budget: int
-    identity: dict[str, Any]
-    names: dict[str, str] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
-    save_total_limit: int = 1
-    finish_folder: Callable[[Path], None] | None = None
-    eval_samples: "Sequence[Sample]" = field(default_factory=list)
-
-
-class UpdateTrainer(Trainer):
+class UpdateTrainer(CheckpointingTrainer):
     """Trains `model`, whose forward returns the SUM of token losses (finetune.loss), on encoded rows.
 
     `args.gradient_accumulation_steps` must be 1: micro-batches are an update's inner matter.
@@ -181,9 +65,9 @@ class UpdateTrainer(Trainer):
         self.update_losses: list[tuple[int, float]] = []
         self._bad_updates = 0
         self._logged_sums = [0.0, 0]
-        dataset = UpdateDataset(samples, plan.rows_per_update, args.process_index, args.world_size, args.seed)
-        # The plan keeps the first budget: it decides which rows share a micro-batch, on every rank alike.
-        dataset.token_budget = plan.token_budget
+        dataset = UpdateDataset(
+            samples, plan.rows_per_update, plan.token_budget, args.seed, args.process_index, args.world_size
+        )
         super().__init__(
             model=model, args=args, train_dataset=dataset, eval_dataset=plan.eval_samples or None, **kwargs
         )
@@ -193,8 +77,7 @@ class UpdateTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Updates of this rank. accelerate does not prepare it: the plan has dealt the rows to the ranks already."""
-        self._loader = UpdateLoader(self.train_dataset)
-        return self._loader
+        return update_loader(self.train_dataset)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Rows of an epoch."""
@@ -254,7 +137,7 @@ class UpdateTrainer(Trainer):
             # Outside the handler: the exception would keep the failed pass's tensors alive.
             self._lower_budget(pieces[done])
             if in_backward and done:
-                self._say("its gradients are incomplete: this update starts again")
+                self._say("its gradients are incomplete: this update starts again", on_every_rank=True)
             if in_backward:
                 # A backward pass cut short has added to some gradients and not to others.
                 model.zero_grad()
@@ -287,9 +170,8 @@ class UpdateTrainer(Trainer):
                 "lora_rank, set gradient_checkpointing to true, or take a larger card."
             )
         self.token_budget = max(SMALLEST_BUDGET, min(self.token_budget, tokens) // 2)
-        self._say(
-            f"out of GPU memory with {tokens} tokens: cut to at most {self.token_budget} from here on, nothing is lost"
-        )
+        cut = f"cut to at most {self.token_budget} from here on, nothing is lost"
+        self._say(f"out of GPU memory with {tokens} tokens: {cut}", on_every_rank=True)
 
     def _run_with_deepspeed(self, model: nn.Module, update: RankUpdate, scale: float) -> Tensor:
         """All micro-batches; DeepSpeed reduces and steps at the last one, which is the boundary."""
@@ -370,8 +252,9 @@ class UpdateTrainer(Trainer):
             "(`make qwen-data`), or lower the learning rate."
         )
 
-    def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+    def _say(self, text: str, on_every_rank: bool = False) -> None:
+        if self.args.should_save or on_every_rank:
+            print(text, file=sys.stderr, flush=True)
 
     # ---- logs and evaluation ----
 
@@ -417,92 +300,15 @@ class UpdateTrainer(Trainer):
             self.control.should_save = True
         return is_best
 
-    # ---- checkpoints ----
-
-    def _get_output_dir(self, trial: Any) -> str:
-        # transformers writes, rotates and looks for the best checkpoint below this folder. It gets the one where
-        # things are written aside: only publish() decides what stands in output_dir.
-        return str(saving.aside_dir(self.args.output_dir))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write aside on all ranks, then rank 0 publishes and removes what save_total_limit no longer allows."""
-        step = self.state.global_step
-        written = saving.aside_dir(self.args.output_dir) / f"checkpoint-{step}"
-        target = saving.checkpoint_dir(self.args.output_dir, step)
-        best = self.state.best_model_checkpoint
-        super()._save_checkpoint(model, trial)
-        if self.state.best_global_step == step:
-            best = str(target)
-        self.state.best_model_checkpoint = best
-        self._barrier()
-        if self.args.should_save:
-            self.state.save_to_json(str(written / "trainer_state.json"))
-            self._publish(written, target, {"step": step, "progress": asdict(self.progress)})
-            saving.rotate(self.args.output_dir, self.plan.save_total_limit, best)
-        self._barrier()
-
-    def _publish(self, written: Path, target: Path, record: dict[str, Any]) -> None:
-        if self.plan.finish_folder:
-            self.plan.finish_folder(written)
-        known = {"identity": self.plan.identity, "names": self.plan.names, **self.plan.record}
-        saving.publish(written, target, {**known, **record})
-
-    def save_final(self) -> Path:
-        """Write output_dir/final: the adapter or model and its tokenizer. Called on all ranks."""
-        written = saving.aside_dir(self.args.output_dir) / "final"
-        target = Path(self.args.output_dir) / "final"
-        self.save_model(str(written), _internal_call=True)
-        self._barrier()
-        if self.args.should_save:
-            (written / "training_args.bin").unlink(missing_ok=True)
-            self._publish(written, target, {"step": self.state.global_step, "progress": asdict(self.progress)})
-            saving.clear_aside(self.args.output_dir)
-        self._barrier()
-        return target
-
-    def _barrier(self) -> None:
-        if self.args.world_size > 1:
-            dist.barrier()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Weights of a checkpoint into the model as it stands; peft's own way may change their dtype."""
-        model = self.model if model is None else model
-        adapter = Path(resume_from_checkpoint) / "adapter_model.safetensors"
-        if not adapter.exists():
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
-
-        found = set_peft_model_state_dict(model, load_file(adapter))
-        if found.unexpected_keys:
-            raise UserError(f"{adapter} does not fit the model: unexpected {found.unexpected_keys[:3]}.")
-        return None
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """State by way of main memory: a GPU may be full, and transformers 5.17 fails on a CPU with several ranks."""
-        if checkpoint is None or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        for name, target in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
-            target.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
-
     # ---- the whole run ----
 
     def run(self) -> int:
         """Train from the newest complete checkpoint, or from the start. Returns the stop signal obeyed, 0 if none."""
-        checkpoint, remarks = saving.newest_checkpoint(self.args.output_dir)
-        if self.args.should_save:
-            saving.clear_aside(self.args.output_dir)
-            for remark in remarks:
-                self._say(remark)
-        if checkpoint is not None:
-            self.progress = Progress(**saving.read_marker(checkpoint).get("progress", {}))
-            self._say(f"going on from {checkpoint}") if self.args.should_save else None
-        self._barrier()
+        checkpoint = self.find_checkpoint()
         self.progress.starts += 1
         self._seconds_before, self._started = self.progress.seconds, time.monotonic()
         with self.stop.listening():
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self.train(resume_from_checkpoint=checkpoint)
         return self.stop_signal
 
     def mark_time(self) -> None:

@@ -57,7 +57,8 @@ def crash():
     if rank == "0":
         raise RuntimeError("a bug")
 
-run_rank({"wait": wait, "refuse": refuse, "refuse_alone": refuse_alone, "load": load, "crash": crash, "done": lambda: 0}[what])
+done = lambda: 0
+run_rank(globals()[what])
 """
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import plan
+from finetune import plan, plan_options
 from finetune.arguments import parse_arguments
 from finetune.errors import UserError
 from finetune.gpus import GIB, found_gpu, named_gpu
@@ -143,16 +143,16 @@ def test_the_budget_fits_and_more_of_it_would_not() -> None:
 
 
 def test_two_a100s_need_stage_3_or_better_and_one_card_holds_a_7b() -> None:
-    work = plan.Workload(rows=77_250, tokens=330, epochs=2, longest_row=512, rows_per_update=96)
+    work = plan_options.Workload(rows=77_250, tokens=330, epochs=2, longest_row=512, rows_per_update=96)
     a100 = named_gpu("a100 80gb")
-    options = {option.name: option for option in plan.full_options(BAICHUAN, a100, 2, work)}
+    options = {option.name: option for option in plan_options.full_options(BAICHUAN, a100, 2, work)}
     assert list(options) == ["1", "2", "3", "2-offload", "3-offload"]
-    assert plan.choose(list(options.values())).name in ("2", "3")
+    assert plan_options.choose(list(options.values())).name in ("2", "3")
     assert options["3-offload"].seconds > options["3"].seconds
     assert work.updates == 2 * 805
-    alone = plan.choose(plan.full_options(BAICHUAN, a100, 1, work))
+    alone = plan_options.choose(plan_options.full_options(BAICHUAN, a100, 1, work))
     assert alone.name == "none"
-    small = plan.full_options(BAICHUAN, named_gpu("4090"), 1, work)
+    small = plan_options.full_options(BAICHUAN, named_gpu("4090"), 1, work)
     assert next(option for option in small if option.name == "none").budget is None
 
 

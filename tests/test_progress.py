@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from finetune.checkpointing import Progress
 from finetune.conversation import Sample
 from finetune.progress import Meter, ProgressCallback, clock, decoded_sample, progress_line, size_text
 from finetune.report import draw_losses, git_commit, run_numbers, versions, write_json
-from finetune.trainer import Progress
 
 
 def test_the_meter_counts_a_window() -> None:

@@ -17,10 +17,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from finetune import saving
 from finetune.attention import enable_padding_free_attention
+from finetune.checkpointing import RunPlan
 from finetune.conversation import Sample
 from finetune.errors import UserError
 from finetune.loss import enable_chunked_loss
-from finetune.trainer import RunPlan, UpdateTrainer, cut_in_pieces
+from finetune.trainer import UpdateTrainer
+from finetune.updates import cut_in_pieces
 
 VOCABULARY = 97
 ROWS_PER_UPDATE = 4

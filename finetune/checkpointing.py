@@ -1,0 +1,137 @@
+"""transformers' Trainer with checkpoints that are written aside and published whole (finetune.saving)."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer
+
+from finetune import saving
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune.conversation import Sample
+
+
+@dataclass
+class Progress:
+    """What a run has done so far, over all its starts; kept in every checkpoint."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    starts: int = 0
+    peak_memory_bytes: int = 0
+
+
+@dataclass
+class RunPlan:
+    """What the trainer needs to know beyond transformers' arguments.
+
+    `identity`, `names` and `record` go into every marker; `finish_folder` adds files before a folder is published.
+    """
+
+    rows_per_update: int
+    token_budget: int
+    identity: dict[str, Any]
+    names: dict[str, str] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    save_total_limit: int = 1
+    finish_folder: Callable[[Path], None] | None = None
+    eval_samples: "list[Sample]" = field(default_factory=list)
+
+
+class CheckpointingTrainer(Trainer):
+    """The part of the trainer that writes and reads checkpoints; `plan` and `progress` are set by the subclass."""
+
+    plan: RunPlan
+    progress: Progress
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # transformers writes, rotates and looks for the best checkpoint below this folder. It gets the one where
+        # things are written aside: only publish() decides what stands in output_dir.
+        return str(saving.aside_dir(self.args.output_dir))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write aside on all ranks, then rank 0 publishes and removes what save_total_limit no longer allows."""
+        step = self.state.global_step
+        written = saving.aside_dir(self.args.output_dir) / f"checkpoint-{step}"
+        target = saving.checkpoint_dir(self.args.output_dir, step)
+        best = self.state.best_model_checkpoint
+        super()._save_checkpoint(model, trial)
+        if self.state.best_global_step == step:
+            best = str(target)
+        self.state.best_model_checkpoint = best
+        self._barrier()
+        if self.args.should_save:
+            self.state.save_to_json(str(written / "trainer_state.json"))
+            self._publish(written, target)
+            saving.rotate(self.args.output_dir, self.plan.save_total_limit, best)
+        self._barrier()
+
+    def _publish(self, written: Path, target: Path) -> None:
+        if self.plan.finish_folder:
+            self.plan.finish_folder(written)
+        marker = {"identity": self.plan.identity, "names": self.plan.names, **self.plan.record}
+        marker.update(step=self.state.global_step, progress=asdict(self.progress))
+        saving.publish(written, target, marker)
+
+    def save_final(self) -> Path:
+        """Write output_dir/final, the adapter or model. Called on all ranks."""
+        written = saving.aside_dir(self.args.output_dir) / "final"
+        target = Path(self.args.output_dir) / "final"
+        self.save_model(str(written), _internal_call=True)
+        self._barrier()
+        if self.args.should_save:
+            (written / "training_args.bin").unlink(missing_ok=True)
+            self._publish(written, target)
+            saving.clear_aside(self.args.output_dir)
+        self._barrier()
+        return target
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Weights of a checkpoint into the model as it stands; peft's own way may change their dtype."""
+        model = self.model if model is None else model
+        adapter = Path(resume_from_checkpoint) / "adapter_model.safetensors"
+        if not adapter.exists():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        found = set_peft_model_state_dict(model, load_file(adapter))
+        if found.unexpected_keys:
+            raise UserError(f"{adapter} does not fit the model: unexpected {found.unexpected_keys[:3]}.")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """State by way of main memory: a GPU may be full, and transformers 5.17 fails on a CPU with several ranks."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        for name, target in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+            target.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
+    def find_checkpoint(self) -> str | None:
+        """Newest complete checkpoint, its progress taken over; what a crash left half-written is removed."""
+        checkpoint, remarks = saving.newest_checkpoint(self.args.output_dir)
+        if self.args.should_save:
+            saving.clear_aside(self.args.output_dir)
+            for remark in remarks:
+                self._say(remark)
+        self._barrier()
+        if checkpoint is None:
+            return None
+        self._say(f"going on from {checkpoint}")
+        self.progress = Progress(**saving.read_marker(checkpoint).get("progress", {}))
+        return str(checkpoint)
+
+    def _barrier(self) -> None:
+        if self.args.world_size > 1:
+            dist.barrier()
+
+    def _say(self, text: str) -> None:
+        raise NotImplementedError

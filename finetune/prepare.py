@@ -1,0 +1,168 @@
+"""What a run needs before its model: who it is, transformers' arguments, encoded rows."""
+
+import hashlib
+import math
+import os
+import random
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.arguments import Arguments
+from finetune.errors import UserError
+from finetune.rows import read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+    from finetune.conversation import Sample
+
+# Besides the weights, the rows and the rows of an update: what a checkpoint cannot be continued with a change of.
+SAME_ALL_ALONG = (
+    "max_seq_length eval_split_percentage lora_rank lora_alpha lora_dropout learning_rate lr_scheduler_type "
+    "warmup_steps optim weight_decay max_grad_norm seed"
+).split()
+
+
+def is_first_rank() -> bool:
+    """Whether this process prints and writes."""
+    return os.environ.get("RANK", "0") in ("", "0")
+
+
+def say(text: str) -> None:
+    """Print a line to the log, on the first rank only."""
+    if is_first_rank():
+        print(text, file=sys.stderr, flush=True)
+
+
+def rows_per_update(arguments: Arguments, world_size: int) -> int:
+    """Rows of one optimiser update: per device x accumulation x devices."""
+    train = arguments.train
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
+
+
+def run_identity(arguments: Arguments, world_size: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what must be equal for a checkpoint to be continued, names of the digests in it for people)."""
+    from finetune.identity import fingerprint
+
+    model_dir, train_file = arguments.model.model_name_or_path, arguments.data.train_file
+    base, data = fingerprint(model_dir), hashlib.sha256(Path(train_file).read_bytes()).hexdigest()
+    values = arguments.as_dict()
+    identity = {
+        "base_model": base,
+        "train_data": data,
+        "rows_per_update": rows_per_update(arguments, world_size),
+        **{name: values[name] for name in SAME_ALL_ALONG},
+    }
+    return identity, {"base_model": f"{model_dir} ({base[:8]})", "train_data": f"{train_file} ({data[:8]})"}
+
+
+def updates_in_all(arguments: Arguments, num_rows: int, per_update: int) -> int:
+    """Updates that the run ends with."""
+    train = arguments.train
+    an_epoch = math.ceil(num_rows / per_update)
+    return train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * an_epoch)
+
+
+def compute_dtype(wants_bf16: bool) -> str:
+    """bfloat16 on cards that compute in it, float16 on older ones, float32 on a CPU unless bfloat16 is asked for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "bfloat16" if wants_bf16 else "float32"
+    # torch says that it supports bfloat16 on a V100 too: it emulates it.
+    return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+
+
+def explain_choices(arguments: Arguments, dtype: str) -> None:
+    """Say in the log where this machine makes something else of the JSON's words."""
+    import torch
+
+    optimizer, is_cpu = arguments.train.optim, not torch.cuda.is_available()
+    if optimizer.startswith("paged_") and is_cpu:
+        say(f"note: {optimizer} pages nothing on a CPU: its state is in main memory, the update is the same")
+    if arguments.train.fp16 and dtype != "float16":
+        say(f"note: fp16 is true, {dtype} is used: {'this is a CPU' if is_cpu else 'the card has it'}")
+
+
+def quieten() -> None:
+    """Keep out of the log what other packages print and nobody can act on, carriage returns among it."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    unwanted = (".*is_gradient_checkpointing.*", ".*gradient_checkpointing.*deprecated", ".*broadcast_buffers.*")
+    for text in (*unwanted, "Paged optimizers are not"):
+        warnings.filterwarnings("ignore", message=text)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it found none
+
+
+def training_arguments(arguments: Arguments, dtype: str) -> "TrainingArguments":
+    """transformers' arguments, steps counted in updates. Joins the process group where there are several ranks."""
+    import torch
+    from transformers import TrainingArguments
+
+    train, use_cpu = arguments.train, not torch.cuda.is_available()
+    as_they_are = (
+        "output_dir num_train_epochs max_steps per_device_train_batch_size learning_rate lr_scheduler_type "
+        "warmup_steps optim weight_decay max_grad_norm logging_steps save_strategy save_steps seed report_to deepspeed"
+    ).split()
+    evaluation = {}
+    if arguments.data.eval_file or arguments.data.eval_split_percentage:
+        evaluation = {"eval_strategy": "steps", "eval_steps": train.eval_steps or train.save_steps}
+        evaluation["metric_for_best_model"] = "loss"
+    return TrainingArguments(
+        **{name: getattr(train, name) for name in as_they_are},
+        **evaluation,
+        gradient_accumulation_steps=1,
+        logging_nan_inf_filter=False,
+        fp16=dtype == "float16",
+        bf16=bool(train.deepspeed) and dtype == "bfloat16",
+        use_cpu=use_cpu,
+        ddp_backend="gloo" if use_cpu and "LOCAL_RANK" in os.environ else None,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        log_level="error",
+        log_level_replica="error",
+    )
+
+
+def _encode(path: str | None, tokenizer: "PreTrainedTokenizerBase", max_seq_length: int) -> list["Sample"]:
+    from finetune.conversation import encode_rows
+
+    if not path:
+        return []
+    samples, report = encode_rows(tokenizer, read_rows(path), max_seq_length)
+    if report.num_cut or report.num_dropped:
+        dropped = f"{report.num_dropped} dropped: no supervised token was left"
+        say(f"{path}: {report.num_cut} rows cut to {max_seq_length} tokens, {dropped}")
+    if not samples:
+        raise UserError(f"{path}: no row is left at max_seq_length {max_seq_length}. Raise it.")
+    return samples
+
+
+def load_samples(arguments: Arguments, tokenizer: "PreTrainedTokenizerBase") -> tuple[list["Sample"], list["Sample"]]:
+    """(training rows, evaluation rows) encoded. Raises UserError when a file has none left."""
+    data = arguments.data
+    training = _encode(data.train_file, tokenizer, data.max_seq_length)
+    evaluation = _encode(data.eval_file, tokenizer, data.max_seq_length)
+    if data.eval_split_percentage and not evaluation:
+        return split_rows(training, data.eval_split_percentage, arguments.train.seed)
+    return training, evaluation
+
+
+def split_rows(samples: Sequence["Sample"], percentage: float, seed: int) -> tuple[list["Sample"], list["Sample"]]:
+    """(rest, held out): `percentage` of the rows, at least one, the same for the same seed."""
+    if percentage >= 100:
+        raise UserError(f"eval_split_percentage must be below 100, found {percentage}.")
+    held_out = set(random.Random(seed).sample(range(len(samples)), max(1, round(len(samples) * percentage / 100))))
+    rest = [sample for index, sample in enumerate(samples) if index not in held_out]
+    if not rest:
+        raise UserError("eval_split_percentage leaves no row to train on. Lower it.")
+    return rest, [samples[index] for index in sorted(held_out)]

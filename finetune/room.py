@@ -1,0 +1,146 @@
+"""How much room a run has and how it is used: memory of this card, micro-batch budget, disk and memory to save."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finetune import saving
+from finetune.arguments import Arguments
+from finetune.errors import UserError
+from finetune.gpus import GIB, USED_SHARE, Gpu, found_gpu
+from finetune.memory import ADAM_STATE_BYTES, Shape, total
+from finetune.speed import Budget
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from finetune.conversation import Sample
+
+# Bytes of optimiser state of a trained weight, where it is not AdamW's in 32 bits.
+STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "adafactor": 1}
+CPU_TOKEN_BUDGET = 2048
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a micro-batch budget is chosen for. Memory and tokens are those of one card and one update."""
+
+    arguments: Arguments
+    shape: Shape
+    gpu: Gpu | None  # None on a CPU and on a card that is not in the table
+    memory_bytes: float
+    world_size: int
+    longest_row: int
+    tokens_per_update: float
+    trainable: int  # parameters
+    trained_bytes: int  # of one of them
+    width: int  # bytes of the numbers that are computed with
+
+    @property
+    def state_bytes(self) -> int:
+        """Optimiser state of a trained parameter."""
+        return STATE_BYTES.get(self.arguments.train.optim, ADAM_STATE_BYTES)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training: how the model is loaded and what it takes. finetune.methods has them."""
+
+    name: str
+    load: Callable[[Arguments, "torch.dtype", "torch.device"], "PreTrainedModel"]
+    choose_budget: Callable[[Room], Budget | None]
+    predict_memory: Callable[[Room, Budget], dict[str, float]]
+    flops_per_token: Callable[[Room], float]
+    tokens_per_second: Callable[[Room, Budget], float]  # of one card
+
+
+def measure_room(
+    arguments: Arguments,
+    shape: Shape,
+    model: "PreTrainedModel",
+    samples: "Sequence[Sample]",
+    world_size: int,
+    rows_per_update: int,
+    width: int,
+) -> Room:
+    """The room of this process, its model loaded."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Room(
+        arguments=arguments,
+        shape=shape,
+        gpu=_this_gpu(),
+        memory_bytes=_usable_memory(),
+        world_size=world_size,
+        longest_row=max(lengths),
+        tokens_per_update=sum(lengths) / len(lengths) * min(rows_per_update, len(lengths)),
+        trainable=sum(parameter.numel() for parameter in trained),
+        trained_bytes=trained[0].element_size(),
+        width=width,
+    )
+
+
+def _usable_memory() -> float:
+    """Bytes of this card (of main memory on a CPU) that the run may use, what it holds already included."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return (free + torch.cuda.memory_reserved()) * USED_SHARE
+    return (saving.free_host_memory() or 8 * GIB) * USED_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _this_gpu() -> Gpu | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return found_gpu(properties.name, properties.total_memory / GIB)
+
+
+def decide_budget(method: Method, room: Room) -> Budget:
+    """Budget that the JSON fixes, else the fastest that fits. Raises UserError where none does.
+
+    On a CPU and on an unknown card no memory is counted: recompute_layers and gradient_checkpointing decide alone.
+    """
+    train, layers = room.arguments.train, room.shape.layers
+    if room.gpu is None:
+        recomputed = max(0, train.recompute_layers) if train.gradient_checkpointing else 0
+        return Budget(train.tokens_per_micro_batch or CPU_TOKEN_BUDGET, max(0, layers - recomputed))
+    budget = method.choose_budget(room)
+    if budget is None:
+        raise UserError(
+            f"a row of {room.longest_row} tokens does not fit into {room.memory_bytes / GIB:.1f} GiB even with every "
+            "layer recomputed. Lower max_seq_length or lora_rank, set gradient_checkpointing to true, or take a larger "
+            "card (`make qwen-plan`)."
+        )
+    return budget
+
+
+def layers_allowed(room: Room) -> tuple[int, int] | None:
+    """Least and most layers that may be kept by the JSON's word, None for any number."""
+    train, layers = room.arguments.train, room.shape.layers
+    if not train.gradient_checkpointing:
+        return layers, layers
+    return None if train.recompute_layers < 0 else (max(0, layers - train.recompute_layers),) * 2
+
+
+def predicted_peak(method: Method, room: Room, budget: Budget) -> float:
+    """Bytes that torch's allocator should report as its peak: a paged optimiser's state lies outside it."""
+    parts = method.predict_memory(room, budget)
+    is_outside = room.arguments.train.optim.startswith("paged_")
+    return total({name: size for name, size in parts.items() if not (is_outside and name == "optimizer")})
+
+
+def check_saving(room: Room, has_best: bool) -> None:
+    """Raises UserError unless there is disk for all checkpoints of the run and main memory for one."""
+    train = room.arguments.train
+    one = saving.checkpoint_bytes(room.trainable, room.trained_bytes, room.state_bytes)
+    final = saving.checkpoint_bytes(room.trainable, room.trained_bytes, 0)
+    existing = len(saving.list_checkpoints(train.output_dir))
+    saving.check_host_memory(one, "saving a checkpoint")
+    needed = saving.disk_needed(one, final, train.save_total_limit, has_best, existing)
+    saving.check_disk(train.output_dir, needed)
