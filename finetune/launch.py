@@ -177,12 +177,15 @@ def run_launcher(command: list[str]) -> int:
             raise UserError(f"cannot run {command[0]}: {error.strerror}. Is its environment first on PATH?") from None
 
         def forward(number: int, frame: FrameType | None) -> None:
+            # A terminal that went away asks for the same as SIGTERM.
+            number = signal.SIGTERM if number == signal.SIGHUP else number
             received.append(number)
             # Before the ranks exist there is nothing to save: the launcher itself is ended.
             _send(find_ranks(launcher.pid) or [launcher.pid], number)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, forward)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, a shell's `&` SIGINT
+                signal.signal(number, forward)
         status = _wait(launcher, Path(folder))
         _end_session(launcher.pid)
         noted = _noted_status(Path(folder))

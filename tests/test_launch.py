@@ -66,7 +66,9 @@ def start(folder: Path, what: str, patience: float = 20) -> subprocess.Popen:
     (folder / "launcher.py").write_text(LAUNCHER)
     (folder / "rank.py").write_text(RANK)
     settings = f"launch.OTHER_RANKS_SECONDS = {patience}; launch.ORPHAN_GRACE_SECONDS = 1"
-    code = f"from finetune import launch; {settings}; launch.run_main(launch.main)"
+    # A test run started with `&` has SIGINT ignored, and its children with it.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from finetune import launch; "
+    code += f"{settings}; launch.run_main(launch.main)"
     ranks = [str(folder / "rank.py"), what, str(folder)]
     return subprocess.Popen(
         [sys.executable, "-c", code, sys.executable, str(folder / "launcher.py"), *ranks],
@@ -92,7 +94,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
 def test_a_signal_reaches_the_ranks_which_save_and_leave(tmp_path: Path, number: int, status: int) -> None:
     process = start(tmp_path, "wait")
     ranks = ranks_up(tmp_path, 2)

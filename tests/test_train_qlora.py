@@ -5,6 +5,7 @@ Two ranks go through finetune.launch and torchrun, are stopped half-way and go o
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,18 @@ def test_two_ranks_stopped_and_resumed_have_the_losses_of_one(finished: Path, fl
     assert report_of(output)["seconds"] > stopped["seconds"]
 
 
+def test_a_full_disk_is_refused_before_the_first_update(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune import saving
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    with pytest.raises(UserError, match="0.1 GiB, 0.0 GiB are free.*save_total_limit"):
+        run_here(flags, tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_a_held_out_part_is_measured(flags: list[str], tmp_path: Path) -> None:
     more = "--eval_split_percentage 20 --eval_steps 2 --max_steps 4 --bf16 true --fp16 false --report_to none".split()
     assert run_here(flags, tmp_path, *more) == 0
@@ -180,8 +193,6 @@ def test_a_held_out_part_is_measured(flags: list[str], tmp_path: Path) -> None:
 
 
 def test_a_torn_final_is_written_again(finished: Path, flags: list[str], tmp_path: Path) -> None:
-    import shutil
-
     output = tmp_path / "out"
     shutil.copytree(finished, output)
     (output / "final" / "complete.json").unlink()
