@@ -1,18 +1,12 @@
 """Answers and scores of the evaluation; expected values computed by hand or from the definitions."""
 
-import itertools
-import math
-
 import pytest
 
 from qwen_qlora.evaluation.answers import answers_for, bare_word, keywords, normalise
 from qwen_qlora.evaluation.metrics import (
     classification_report,
-    compare,
     confusion_matrix,
     keyword_report,
-    mcnemar_exact,
-    wilson_interval,
 )
 
 
@@ -70,23 +64,6 @@ def test_normalise_and_keywords():
     assert keywords(" 医保、报销 、、报销。") == {"医保", "报销"}
 
 
-def test_wilson_interval_of_the_published_result():
-    # 454 of 500 right is the walkthrough's own result
-    low, high = wilson_interval(454, 500)
-    assert (round(low, 3), round(high, 3)) == (0.879, 0.930)
-    # the bounds are the roots of (p - 0.908)^2 = z^2 p (1 - p) / 500
-    for bound in (low, high):
-        assert (bound - 0.908) ** 2 == pytest.approx(1.959963984540054**2 * bound * (1 - bound) / 500, rel=1e-9)
-
-
-@pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (0, 0)])
-def test_wilson_interval_at_the_ends(hits, total):
-    low, high = wilson_interval(hits, total)
-    assert 0 <= low < high <= 1
-    assert (low == 0) == (hits == 0)
-    assert (high == pytest.approx(1)) == (hits == total)
-
-
 def published_result():
     """TP 200, FP 19, FN 27, TN 254 as gold and predicted classes."""
     cells = [
@@ -136,30 +113,3 @@ def test_keyword_report_counts_sets():
     assert report["recall"] == pytest.approx(2 / 4)
     assert report["f1"] == pytest.approx(2 * 2 / (3 + 4))
     assert (report["found"], report["predicted"], report["gold"], report["rows"]) == (2, 3, 4, 2)
-
-
-def brute_force_mcnemar(b, c):
-    """Share of all 2^(b+c) ways to deal the discordant rows that are at least as uneven as the one seen."""
-    deals = itertools.product((0, 1), repeat=b + c)
-    return sum(min(sum(d), b + c - sum(d)) <= min(b, c) for d in deals) / 2 ** (b + c)
-
-
-@pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 1), (1, 1), (0, 6), (1, 8), (3, 9), (5, 5), (4, 7)])
-def test_mcnemar_equals_counting_every_deal(b, c):
-    assert mcnemar_exact(b, c) == pytest.approx(brute_force_mcnemar(b, c))
-    assert mcnemar_exact(c, b) == mcnemar_exact(b, c)
-
-
-def test_mcnemar_of_many_rows_does_not_underflow():
-    # 1000 against 1100: normal approximation of the same tail with continuity correction
-    expected = math.erfc((100 - 1) / math.sqrt(2100) / math.sqrt(2))
-    assert mcnemar_exact(1000, 1100) == pytest.approx(expected, rel=0.01)
-
-
-def test_compare_counts_the_discordant_rows():
-    first, second = [True] * 8 + [False] * 2, [True] * 3 + [False] * 5 + [True, False]
-    result = compare(first, second)
-    assert result["accuracy"]["value"] == 0.8
-    assert result["other_accuracy"]["value"] == 0.4
-    assert (result["only_this_right"], result["only_other_right"]) == (5, 1)
-    assert result["mcnemar_exact_p"] == pytest.approx(2 * (1 + 6) / 64)

@@ -12,10 +12,11 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.partial_results import PartialResults
+from finetune.pictures import find_cjk_font
 from finetune.rows import Row, Turn
 from qwen_qlora.evaluation import model_evaluation
 from qwen_qlora.evaluation.cases import case_of, require_labels
-from qwen_qlora.evaluation.confusion_plot import find_cjk_font, plot_confusion
+from qwen_qlora.evaluation.confusion_plot import plot_confusion
 from qwen_qlora.evaluation.metrics import confusion_matrix
 from qwen_qlora.evaluation.results import (
     ResultFiles,
@@ -85,7 +86,7 @@ def test_summary_of_mixed_rows(records):
     assert "40.0 %" in text and "invalid answers: 1" in text and "recall 0.5" in text
 
 
-def questionss_are_read_back_as_they_were_written(records, tmp_path):
+def test_records_are_read_back_as_they_were_written(records, tmp_path):
     files = ResultFiles(tmp_path / "result.csv")
     write_records(files, records)
     assert files.csv.read_bytes().startswith(b"\xef\xbb\xbfrow,prompt,gold,predicted,correct,exact_match")
@@ -114,7 +115,7 @@ def test_comparison_of_two_results(records, tmp_path):
 @pytest.mark.parametrize("font", [True, False])
 def test_confusion_picture(tmp_path, font, monkeypatch, recwarn):
     if not font:
-        monkeypatch.setattr("qwen_qlora.evaluation.confusion_plot.CJK_FONTS", ())
+        monkeypatch.setattr("finetune.pictures.CJK_FONTS", ())
         assert find_cjk_font() is None
     matrix = confusion_matrix(["same", "different", "different"], ["same", "invalid", "different"])
     plot_confusion(matrix, "model", tmp_path / "confusion.png")

@@ -182,8 +182,8 @@ def main() -> None:
         read_records(args.compare_with)  # a wrong name is told before the hour of work
 
     import torch
-    from finetune.conversation import encode_prompt
 
+    from finetune.conversation import encode_prompt
     from finetune.generate import default_token_budget
     from finetune.models import default_dtype, load_tokenizer
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.statistics import compare, share
+from finetune.text_files import write_aside
 from qwen_qlora.evaluation.answers import normalise
 from qwen_qlora.evaluation.cases import EvaluationCase
-from qwen_qlora.evaluation.metrics import classification_report, compare, keyword_report, share
+from qwen_qlora.evaluation.metrics import classification_report, keyword_report
 
 Record = dict[str, Any]
 COLUMNS = ["row", "prompt", "gold", "predicted", "correct", "exact_match", "gold_class", "predicted_class"]
@@ -66,12 +68,6 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _write_aside(path: Path, text: str, encoding: str = "utf-8") -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding=encoding, newline="")
-    aside.replace(path)
-
-
 def write_records(files: ResultFiles, records: Sequence[Record]) -> None:
     """The CSV (with a BOM, so that spreadsheets read it as UTF-8) and the JSONL file."""
     text = io.StringIO()
@@ -79,14 +75,14 @@ def write_records(files: ResultFiles, records: Sequence[Record]) -> None:
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(records)
-    _write_aside(files.csv, text.getvalue(), encoding="utf-8-sig")
+    write_aside(files.csv, text.getvalue(), encoding="utf-8-sig")
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    _write_aside(files.jsonl, "".join(lines))
+    write_aside(files.jsonl, "".join(lines))
 
 
 def write_metrics(files: ResultFiles, metrics: dict[str, Any]) -> None:
     """The metrics file: written last, it says that the others are complete."""
-    _write_aside(files.metrics, json.dumps(metrics, ensure_ascii=False, indent=2) + "\n")
+    write_aside(files.metrics, json.dumps(metrics, ensure_ascii=False, indent=2) + "\n")
 
 
 def read_metrics(files: ResultFiles) -> dict[str, Any] | None:
