@@ -4,8 +4,9 @@
     torchrun --standalone --nproc_per_node 2 -m qwen_qlora.train_qlora \
         --train_args_file qwen_qlora/config/qwen-14b-qlora.json --learning_rate 1e-4 --output_dir outputs/lr1e-4
 
-A flag beats the JSON file. Run again, it goes on from the newest complete checkpoint. Writes the adapter to OUTPUT_DIR/final,
-loss.png and train_report.json. Exit status: 0 done, 2 something to mend, 143 or 130 stopped by a signal and saved.
+A flag beats the JSON file. Run again, it goes on from the newest complete checkpoint. Writes the adapter to
+OUTPUT_DIR/final, loss.png and train_report.json. Exit status: 0 done, 2 something to mend, 143 or 130 stopped by a
+signal and saved.
 """
 
 from finetune.arguments import parse_arguments
