@@ -1,0 +1,120 @@
+"""How MMCU answers are read, each expected value worked out by hand from the benchmark's rules."""
+
+import pytest
+
+from llm_code.llm_evaluation.mmcu_data import Question, stratified
+from llm_code.llm_evaluation.mmcu_prompts import official_option, prompt, strict_option
+from llm_code.llm_evaluation.mmcu_scoring import official_gold, official_prediction, strict_gold, strict_prediction
+
+NONE = "未成功回答"
+
+
+@pytest.mark.parametrize(
+    ("text", "official", "strict"),
+    [
+        ("B", "B", "B"),
+        ("Answer: B", "A", "B"),
+        ("BA", "BA", "AB"),
+        ("A、C。", "AC", "AC"),
+        ("ＡＣ", NONE, "AC"),
+        ("选项A不正确，应选C", "A", "C"),
+        ("正确答案的序号是：D。", "D", "D"),
+        ("A. 鼠疫、霍乱", "A", "A"),
+        ("AAB", NONE, "AB"),
+        ("ABCDA", "ABCD", "ABCD"),
+        ("AABC", NONE, "ABC"),
+        ("b", NONE, "B"),
+        ("答案是 B 和 D", "B", "BD"),
+        ("不选A，选B", "A", "B"),
+        ("答案为（C）", "C", "C"),
+        ("故选：ＡＤ", NONE, "AD"),
+        ("维生素A缺乏", "A", ""),
+        ("维生素B12", "B", ""),
+        ("A和B都有道理，C也是", "A", ""),
+        ("(C)", "C", "C"),
+        ("**C**", "C", "C"),
+        ("C\n\n请阅读以下选择题。答案是A", "C", "C"),
+        ("A错误，因此选D", "A", "D"),
+        ("不知道", NONE, ""),
+        ("", NONE, ""),
+        ("The answer is D", "D", "D"),
+        ("DNA", "D", ""),
+        ("A,B,C", "ABC", "ABC"),
+        ("A;B", "AB", "AB"),
+    ],
+)
+def test_reading_of_an_answer(text, official, strict):
+    assert official_prediction(text) == official
+    assert strict_prediction(text) == strict
+
+
+@pytest.mark.parametrize(
+    ("cell", "official", "strict"),
+    [
+        ("A", "A", "A"),
+        ("B D", "BD", "BD"),
+        ("ＡＢ\u3000Ｃ", "ABC", "ABC"),
+        ("A,C", "AC", "AC"),
+        ("A，C", "A，C", "AC"),
+        ("CA", "CA", "AC"),
+        ("A\n", "A\n", "A"),
+        ("A、B", "A、B", "AB"),
+    ],
+)
+def test_reading_of_an_answer_cell(cell, official, strict):
+    assert official_gold(cell) == official
+    assert strict_gold(cell) == strict
+
+
+@pytest.mark.parametrize(
+    ("cell", "official", "strict"),
+    [
+        ("A. 鼠疫、霍乱", "鼠疫、霍乱", "鼠疫、霍乱"),
+        ("A、DNA聚合酶", "N聚合酶", "DNA聚合酶"),
+        ("Ａ、甲 ．", "甲", "甲 ．"),
+        ("Ａ甲", "Ａ甲", "Ａ甲"),
+        ("Ａ、甲", "甲", "甲"),
+        ("维生素D.", "维生素", "维生素D."),
+        ("甲\n乙", "甲\n乙", "甲\n乙"),
+        ("B. 乙", "乙", "B. 乙"),
+        (3, "3", "3"),
+        (2.5, "2.5", "2.5"),
+        (None, "nan", None),
+        (" （A）. 甲", "（）. 甲", "甲"),
+    ],
+)
+def test_reading_of_option_a(cell, official, strict):
+    assert official_option(cell) == official
+    assert strict_option("A", cell) == strict
+
+
+def ask(**changes):
+    values = {"domain": "医疗", "subject": "病理学", "number": 1, "text": "哪一个对？", "answer": "B C"}
+    values |= {"options": ("A. 甲", "B、DNA", 3, None)}
+    return Question(**(values | changes))
+
+
+def test_the_prompts_letter_by_letter():
+    start = "请阅读以下选择题并给出正确选项，不要解释原因。请只给出答案的序号。\n"
+    assert prompt("official", [], ask()) == start + "哪一个对？\nA. 甲\nB. N\nC. 3\nD. nan\n正确答案的序号是："
+    assert prompt("strict", [], ask()) == start + "哪一个对？\nA. 甲\nB. DNA\nC. 3\n正确答案的序号是："
+    shot = ask(text="例题", options=("甲", "乙", "丙", "丁"))
+    shown = "例题\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n正确答案的序号是： {}\n\n"
+    end = "哪一个对？\nA. 甲\nB. N\nC. 3\nD. nan\n正确答案的序号是："
+    assert prompt("official", [shot, shot], ask()) == start + shown.format("B C") * 2 + end
+    assert prompt("strict", [shot], ask()).startswith(start + shown.format("BC"))
+
+
+@pytest.mark.parametrize("limit", [3, 5, 17, 60, 90])
+def test_a_limited_run_keeps_the_proportions(limit):
+    sizes = {"甲": 80, "乙": 15, "丙": 4, "丁": 1}
+    questions = [ask(subject=name, number=i + 1) for name, size in sizes.items() for i in range(size)]
+    chosen = stratified(questions, limit)
+    assert len(chosen) == limit and chosen == [question for question in questions if question in chosen]
+    counts = {name: sum(question.subject == name for question in chosen) for name in sizes}
+    if limit >= len(sizes):
+        assert min(counts.values()) >= 1
+        rest = limit - len(sizes)
+        assert all(abs(counts[name] - 1 - rest * size / 100) < 2 for name, size in sizes.items())
+    assert stratified(questions, limit) == chosen
+    assert stratified(questions, 0) == stratified(questions, 1000) == questions
