@@ -1,0 +1,74 @@
+"""Reading of training rows: both spellings, the BOM, and what is refused with its line."""
+
+import json
+
+import pytest
+
+from finetune.errors import UserError
+from finetune.rows import Turn, read_rows
+
+
+def write(path, *lines: str, bom: bool = False):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig" if bom else "utf-8")
+    return path
+
+
+def test_both_spellings_give_the_same_turns(tmp_path):
+    turns = [{"human": "你好", "assistant": "您好"}, {"human": "再见", "assistant": "再会"}]
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    texts = ["你是助手", "你好", "您好", "再见", "再会"]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    lines = [
+        json.dumps({"conversation": turns, "system": "你是助手", "category": "x"}),
+        json.dumps({"messages": messages}),
+    ]
+    ours, openai = read_rows(write(tmp_path / "a.jsonl", *lines))
+    assert ours.turns == openai.turns == (Turn("你好", "您好"), Turn("再见", "再会"))
+    assert ours.system == openai.system == "你是助手"
+    assert ours.messages() == messages
+
+
+def test_bom_and_blank_lines_are_skipped_and_lines_are_numbered(tmp_path):
+    row = json.dumps({"conversation": [{"human": "a", "assistant": "b"}]})
+    rows = read_rows(write(tmp_path / "a.jsonl", "", row, "", row, bom=True))
+    assert [row.line for row in rows] == [2, 4]
+    assert rows[0].system is None
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"text": "x"}', "expected the key `conversation` or `messages`, got 'text'"),
+        ('{"conversation": []}', "non-empty list"),
+        ('{"conversation": [{"human": "x"}]}', "turn 1: `assistant` must be a non-empty string, got null"),
+        ('{"conversation": [{"human": " ", "assistant": "y"}]}', "turn 1: `human` must be a non-empty string"),
+        ('{"conversation": [{"human": "x", "assistant": "y"}], "system": 3}', "`system` must be"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "must alternate user, assistant"),
+        ('{"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "x"}]}', "must alternate"),
+        ('{"messages": "x"}', "`messages` must be a list"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_reason(tmp_path, line, reason):
+    good = json.dumps({"conversation": [{"human": "a", "assistant": "b"}]})
+    with pytest.raises(UserError) as error:
+        read_rows(write(tmp_path / "a.jsonl", good, line))
+    assert "a.jsonl:2: " in str(error.value) and reason in str(error.value)
+
+
+def test_ten_problems_are_shown_and_the_rest_counted(tmp_path):
+    with pytest.raises(UserError) as error:
+        read_rows(write(tmp_path / "a.jsonl", *["{}"] * 13))
+    text = str(error.value)
+    assert "13 of 13 lines" in text and "a.jsonl:10:" in text and "a.jsonl:11:" not in text and "3 more" in text
+
+
+def test_missing_empty_and_wrongly_encoded_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="found none"):
+        read_rows(write(tmp_path / "empty.jsonl", ""))
+    (tmp_path / "gbk.jsonl").write_bytes('{"conversation": "你好"}'.encode("gbk"))
+    with pytest.raises(UserError, match="expected UTF-8, found byte 0xc4"):
+        read_rows(tmp_path / "gbk.jsonl")
