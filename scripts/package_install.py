@@ -77,7 +77,9 @@ def install(folder: Path, torch: str, files: list[Path], lock: Path) -> None:
     requirements = [argument for file in files for argument in ("--requirement", str(file))]
     index = package_index(python)
     variables = {"UV_DEFAULT_INDEX": index} if index else {}
-    run([uv, "pip", "install", "--python", python, "--constraint", str(lock), *requirements], variables)
+    # Compiled now, once: a process that may not write bytecode would compile every package at every start.
+    compiled = [uv, "pip", "install", "--compile-bytecode", "--python", python]
+    run([*compiled, "--constraint", str(lock), *requirements], variables)
 
 
 def package_index(python: str) -> str:

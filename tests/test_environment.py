@@ -56,7 +56,7 @@ def pip_and_uv(folder: Path, *, torch_options: list[str]) -> list[list[str]]:
     python = str(folder / "bin" / "python")
     return [
         ["env-python", "-m", "pip", "install", "--constraint", lock, "torch==2.13.0", *torch_options],
-        ["uv", "pip", "install", "--python", python, "--constraint", lock, "--requirement", file],
+        ["uv", "pip", "install", "--compile-bytecode", "--python", python, "--constraint", lock, "--requirement", file],
     ]
 
 
