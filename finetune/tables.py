@@ -1,0 +1,34 @@
+"""Tables as plain text, aligned also with Chinese in them, and as Markdown."""
+
+import unicodedata
+from collections.abc import Sequence
+
+Row = Sequence[str]
+
+
+def width(text: str) -> int:
+    """Columns a text takes on a terminal: wide characters take two."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def text_table(header: Row, rows: Sequence[Row]) -> list[str]:
+    """Lines with the first column to the left and the others to the right."""
+    table = [header, *rows]
+    widths = [max(width(row[column]) for row in table) for column in range(len(header))]
+    lines = []
+    for row in table:
+        gaps = [" " * (size - width(cell)) for size, cell in zip(widths, row, strict=True)]
+        cells = [row[0] + gaps[0], *(gap + cell for gap, cell in zip(gaps[1:], row[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def markdown_table(header: Row, rows: Sequence[Row]) -> list[str]:
+    """The same as Markdown; line ends and bars inside a cell are made harmless."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in row) + " |" for row in lines]
+
+
+def percent(value: float) -> str:
+    """0.9081 -> 90.8 %."""
+    return f"{100 * value:.1f} %"
