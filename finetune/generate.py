@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from finetune.errors import UserError
+from finetune.shared_prefix import NOTHING_SHARED, SharedPrefix
 
 MAX_ROWS = 256
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -67,11 +68,17 @@ def plan_batches(lengths: Sequence[int], token_budget: int, max_rows: int = MAX_
     return batches
 
 
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids_BT, attention_mask_BT), every prompt ending in the last column."""
+def left_pad(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, num_shared: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids_BT, attention_mask_BT), every prompt ending in the last column.
+
+    The first `num_shared` tokens, which have a cache already, stay in the first columns: the padding is behind them.
+    """
     longest = max(map(len, prompts))
-    rows = [[pad_id] * (longest - len(p)) + list(p) for p in prompts]
-    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    gaps = [longest - len(p) for p in prompts]
+    rows = [[*p[:num_shared], *[pad_id] * gap, *p[num_shared:]] for p, gap in zip(prompts, gaps, strict=True)]
+    mask = [[1] * num_shared + [0] * gap + [1] * (longest - num_shared - gap) for gap in gaps]
     return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
 
 
@@ -125,14 +132,22 @@ def decode_answer(tokenizer: Any, token_ids: Sequence[int], stop_ids: Sequence[i
 
 @torch.inference_mode()
 def generate_batch(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    shared: SharedPrefix = NOTHING_SHARED,
 ) -> list[str]:
-    """One answer for each prompt (lists of token ids), all in one padded batch."""
+    """One answer for each prompt (lists of token ids), all in one padded batch. All of them begin with `shared`."""
     lm, stop_ids = causal_model(model), stop_token_ids(model, tokenizer)
     pad_id = pad_token_id(tokenizer, stop_ids)
-    input_ids_BT, attention_mask_BT = left_pad(prompts, pad_id, lm.device)
+    input_ids_BT, attention_mask_BT = left_pad(prompts, pad_id, lm.device, shared.num_tokens)
+    cache = shared.copies(len(prompts))
     with _generation_config(lm, _settings(sampling, max_new_tokens, stop_ids, pad_id)):
-        output_BT = lm.generate(input_ids=input_ids_BT, attention_mask=attention_mask_BT)
+        output_BT = lm.generate(
+            input_ids=input_ids_BT, attention_mask=attention_mask_BT, **({"past_key_values": cache} if cache else {})
+        )
     answers = output_BT[:, input_ids_BT.shape[1] :].tolist()
     return [decode_answer(tokenizer, answer, stop_ids) for answer in answers]
 
@@ -145,18 +160,22 @@ def generate_batches(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    num_shared: int = 0,
 ) -> Iterator[list[tuple[int, str]]]:
     """(index, answer) pairs, one list for each of `batches` (indices of `prompts`, as plan_batches makes them).
 
-    With sampling every batch has its own seed, so that a run which was cut and goes on draws the same.
+    With sampling every batch has its own seed, so that a run which was cut and goes on draws the same. The first
+    `num_shared` tokens, the same in all prompts of these batches, are computed once.
     Raises UserError when a single prompt does not fit the card.
     """
-    guard = OutOfMemoryGuard()
+    if not batches:
+        return
+    guard, shared = OutOfMemoryGuard(), SharedPrefix(causal_model(model), prompts[batches[0][0]][:num_shared])
     for batch in batches:
         if sampling.temperature > 0:
             torch.manual_seed(seed + batch[0])
         texts = guard.run(
-            lambda part: generate_batch(model, tokenizer, [prompts[i] for i in part], max_new_tokens, sampling),
+            lambda part: generate_batch(model, tokenizer, [prompts[i] for i in part], max_new_tokens, sampling, shared),
             list(batch),
         )
         yield list(zip(batch, texts, strict=True))

@@ -18,6 +18,7 @@ from finetune.generate import (
     plan_batches,
     stop_token_ids,
 )
+from finetune.shared_prefix import NOTHING_SHARED, SharedPrefix
 
 Case = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt's ids and the ids of each candidate
 
@@ -47,12 +48,21 @@ def _token_scores(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def score_batch(model: Any, cases: Sequence[Case], pad_id: int) -> list[list[float]]:
+def score_batch(
+    model: Any, cases: Sequence[Case], pad_id: int, shared: SharedPrefix = NOTHING_SHARED
+) -> list[list[float]]:
     """Sum of log p over each candidate's tokens behind its prompt; one list for each case."""
     lm = causal_model(model)
-    prompt_BT, mask_BT = left_pad([prompt for prompt, _ in cases], pad_id, lm.device)
+    prompt_BT, mask_BT = left_pad([prompt for prompt, _ in cases], pad_id, lm.device, shared.num_tokens)
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-    first = lm(input_ids=prompt_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=True, logits_to_keep=1)
+    first = lm(
+        input_ids=prompt_BT[:, shared.num_tokens :],
+        attention_mask=mask_BT,
+        position_ids=positions_BT[:, shared.num_tokens :],
+        past_key_values=shared.copies(len(cases)),
+        use_cache=True,
+        logits_to_keep=1,
+    )
     owners = [b for b, (_, candidates) in enumerate(cases) for _ in candidates]
     flat = [list(candidate) for _, candidates in cases for candidate in candidates]
     longest = max(map(len, flat))
@@ -82,12 +92,19 @@ def plan_cases(cases: Sequence[Case], token_budget: int, max_rows: int = MAX_ROW
 
 
 def score_batches(
-    model: Any, tokenizer: Any, cases: Sequence[Case], batches: Sequence[Sequence[int]]
+    model: Any, tokenizer: Any, cases: Sequence[Case], batches: Sequence[Sequence[int]], num_shared: int = 0
 ) -> Iterator[list[tuple[int, list[float]]]]:
-    """(index, scores) pairs, one list for each of `batches`. Raises UserError when one case does not fit the card."""
+    """(index, scores) pairs, one list for each of `batches`.
+
+    The first `num_shared` tokens, the same in all prompts of these batches, are computed once.
+    Raises UserError when one case does not fit the card.
+    """
+    if not batches:
+        return
     pad_id, guard = pad_token_id(tokenizer, stop_token_ids(model, tokenizer)), OutOfMemoryGuard()
+    shared = SharedPrefix(causal_model(model), cases[batches[0][0]][0][:num_shared])
     for batch in batches:
-        scores = guard.run(lambda part: score_batch(model, [cases[i] for i in part], pad_id), list(batch))
+        scores = guard.run(lambda part: score_batch(model, [cases[i] for i in part], pad_id, shared), list(batch))
         yield list(zip(batch, scores, strict=True))
 
 
