@@ -101,7 +101,7 @@ class TrainArguments:
     bf16: bool = _option(False, "bfloat16 computation, also on a CPU")
     report_to: str = _option("none", "where curves go besides loss.png", choices=("none", "tensorboard"))
     dataloader_num_workers: int = _option(0, "not needed: rows are encoded once and stay in memory", at_least=0)
-    deepspeed: str | None = _option(None, "DeepSpeed configuration file")
+    deepspeed: str | None = _option(None, "DeepSpeed configuration file (none = without DeepSpeed, on one card)")
     local_rank: int = _option(-1, "set by launchers", at_least=-1)
 
 
@@ -232,6 +232,8 @@ def _settle(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if optimizer in RENAMED_OPTIMIZERS:
         values = {**values, "optim": RENAMED_OPTIMIZERS[optimizer]}
         notices.append(f"optim {optimizer} is gone from transformers: {values['optim']} is used, the same update rule")
+    if values.get("deepspeed") in ("", "none"):
+        values = {**values, "deepspeed": None}
     dropout = values.get("lora_dropout", USUAL_LORA_DROPOUT)
     if dropout >= 1:
         raise UserError(f"lora_dropout must be below 1, found {dropout}. The usual value is {USUAL_LORA_DROPOUT}.")

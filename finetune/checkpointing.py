@@ -42,6 +42,7 @@ class RunPlan:
     record: dict[str, Any] = field(default_factory=dict)
     save_total_limit: int = 1
     finish_folder: Callable[[Path], None] | None = None
+    finish_final: Callable[[Path], None] | None = None
     eval_samples: "list[Sample]" = field(default_factory=list)
 
 

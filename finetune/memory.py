@@ -175,6 +175,20 @@ def host_memory(shape: Shape, stage: str) -> float:
     return shape.parameters * (12 + HALF_BYTES + (HALF_BYTES if stage.startswith("3") else 0))
 
 
+def full_saved_bytes(parameters: int, stage: str, width: int = HALF_BYTES) -> tuple[int, int, int]:
+    """(bytes of a checkpoint, of final/, of main memory while a checkpoint is written) of a full-parameter run.
+
+    `width` bytes a weight. A checkpoint holds the weights as a model folder and both moments; DeepSpeed adds 32-bit
+    weights and, in stages 1 and 2, the weights once more. Its ranks copy their part of the largest of these, the 32-bit
+    numbers, one kind after the other; stage 3 gathers the weights in main memory besides.
+    """
+    weights = width * parameters
+    if stage == "none":
+        return weights + 2 * width * parameters, weights, weights
+    states = 12 * parameters + (0 if stage.startswith("3") else weights)
+    return weights + states, weights, 4 * parameters + (weights if stage.startswith("3") else 0)
+
+
 def total(parts: Mapping[str, float]) -> float:
     """Sum of the parts, bytes."""
     return sum(parts.values())

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from finetune.arguments import Arguments
 from finetune.memory import qlora_memory
 from finetune.room import Method, Room, layers_allowed
+from finetune.saving import checkpoint_bytes
 from finetune.speed import Budget, choose_qlora_budget, qlora_flops_per_token, qlora_tokens_per_second
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ def _tokens_per_second(room: Room, budget: Budget) -> float:
     return qlora_tokens_per_second(room.shape, room.arguments.lora.lora_rank, room.gpu, budget)
 
 
+def _saved_bytes(room: Room) -> tuple[int, int, int]:
+    one = checkpoint_bytes(room.trainable, room.trained_bytes, room.state_bytes)
+    return one, checkpoint_bytes(room.trainable, room.trained_bytes, 0), one
+
+
 QLORA = Method(
     name="QLoRA, 4-bit NF4 base",
     load=_load,
@@ -68,4 +74,5 @@ QLORA = Method(
     predict_memory=_predict_memory,
     flops_per_token=_flops_per_token,
     tokens_per_second=_tokens_per_second,
+    saved_bytes=_saved_bytes,
 )

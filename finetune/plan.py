@@ -20,7 +20,7 @@ from pathlib import Path
 from finetune.arguments import Arguments, nearest, parse_arguments
 from finetune.errors import UserError, run_main
 from finetune.gpus import GIB, GPUS, Gpu, found_gpu, named_gpu
-from finetune.memory import KNOWN_SHAPES, Shape, shape_of_config, total
+from finetune.memory import KNOWN_SHAPES, Shape, full_saved_bytes, shape_of_config, total
 from finetune.plan_options import Option, Workload, choose, counts, full_options, qlora_option, usable_bytes
 
 # Tokens of a Chinese or mixed text for each character, both vocabularies, and of the template around a turn.
@@ -139,12 +139,12 @@ def table(options: Sequence[Option], gpu: Gpu, chosen: Option | None, price: flo
     return "\n".join(lines)
 
 
-def disk_lines(shape: Shape, method: str, rank: int, limit: int) -> str:
-    """Disk of a run: checkpoints kept, one while it is written, final/."""
-    if method == "qlora":
+def disk_lines(shape: Shape, way: str, rank: int, limit: int) -> str:
+    """Disk of a run: checkpoints kept, one while it is written, final/. `way` is qlora or a DeepSpeed stage."""
+    if way == "qlora":
         one, final = shape.lora_parameters(rank) * 12, shape.lora_parameters(rank) * 4
     else:
-        one, final = shape.parameters * 14, shape.parameters * 2
+        one, final, _ = full_saved_bytes(shape.parameters, way)
     needed = one * (limit + 1) + final
     return (
         f"disk: {needed / 1e9:.1f} GB free for {limit} checkpoint{'s' if limit > 1 else ''} of {one / 1e9:.1f} GB, "
@@ -180,7 +180,7 @@ def print_plan(
     print("\nby number of cards, the best way of each, the rows of an update kept as they are:")
     fitting = [option for option in others if option is not None]
     print(table(fitting, gpu, None, price) if fitting else "  none fits")
-    print(f"\n{disk_lines(shape, method, rank, arguments.train.save_total_limit)}")
+    print(f"\n{disk_lines(shape, (chosen or here[0]).name, rank, arguments.train.save_total_limit)}")
     if chosen is None:
         print(advice(method, gpu, gpus, shape, work))
         return 1

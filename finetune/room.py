@@ -1,9 +1,9 @@
 """How much room a run has and how it is used: memory of this card, micro-batch budget, disk and memory to save."""
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from finetune import saving
 from finetune.arguments import Arguments
@@ -11,6 +11,7 @@ from finetune.errors import UserError
 from finetune.gpus import GIB, USED_SHARE, Gpu, found_gpu
 from finetune.memory import ADAM_STATE_BYTES, Shape, total
 from finetune.speed import Budget
+from finetune.zero import local_ranks, parameter_count
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,12 @@ class Method:
     predict_memory: Callable[[Room, Budget], dict[str, float]]
     flops_per_token: Callable[[Room], float]
     tokens_per_second: Callable[[Room, Budget], float]  # of one card
+    saved_bytes: Callable[[Room], tuple[int, int, int]]  # a checkpoint, final/, main memory while saving
+    # transformers' optimizer_cls_and_kwargs, None for what `optim` names
+    optimizer: Callable[[Arguments, "torch.dtype"], tuple[type, dict[str, Any]] | None] = lambda *_: None
+    stage: str = "none"  # DeepSpeed's
+    finish_final: Callable[[Path], None] | None = None  # changes final/ before it is published
+    record: dict[str, Any] = field(default_factory=dict)  # goes into every marker
 
 
 def measure_room(
@@ -72,11 +79,11 @@ def measure_room(
         arguments=arguments,
         shape=shape,
         gpu=_this_gpu(),
-        memory_bytes=_usable_memory(),
+        memory_bytes=_agreed(_usable_memory()),
         world_size=world_size,
         longest_row=max(lengths),
         tokens_per_update=sum(lengths) / len(lengths) * min(rows_per_update, len(lengths)),
-        trainable=sum(parameter.numel() for parameter in trained),
+        trainable=sum(map(parameter_count, trained)),
         trained_bytes=trained[0].element_size(),
         width=width,
     )
@@ -89,7 +96,19 @@ def _usable_memory() -> float:
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return (free + torch.cuda.memory_reserved()) * USED_SHARE
-    return (saving.free_host_memory() or 8 * GIB) * USED_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (saving.free_host_memory() or 8 * GIB) * USED_SHARE / local_ranks()
+
+
+def _agreed(memory_bytes: float) -> float:
+    """The least of all ranks: they must cut an update into the same micro-batches."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return memory_bytes
+    least = torch.tensor(memory_bytes, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return least.item()
 
 
 def _this_gpu() -> Gpu | None:
@@ -135,12 +154,11 @@ def predicted_peak(method: Method, room: Room, budget: Budget) -> float:
     return total({name: size for name, size in parts.items() if not (is_outside and name == "optimizer")})
 
 
-def check_saving(room: Room, has_best: bool) -> None:
+def check_saving(method: Method, room: Room, has_best: bool) -> None:
     """Raises UserError unless there is disk for all checkpoints of the run and main memory for one."""
     train = room.arguments.train
-    one = saving.checkpoint_bytes(room.trainable, room.trained_bytes, room.state_bytes)
-    final = saving.checkpoint_bytes(room.trainable, room.trained_bytes, 0)
+    one, final, in_memory = method.saved_bytes(room)
     existing = len(saving.list_checkpoints(train.output_dir))
-    saving.check_host_memory(one, "saving a checkpoint")
+    saving.check_host_memory(in_memory, "saving a checkpoint")
     needed = saving.disk_needed(one, final, train.save_total_limit, has_best, existing)
     saving.check_disk(train.output_dir, needed)

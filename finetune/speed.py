@@ -132,19 +132,31 @@ def choose_qlora_budget(
 
 
 def choose_full_budget(
-    shape: Shape, stage: str, gpu: Gpu, gpus: int, memory_bytes: float, longest_row: int, tokens_per_update: float
+    shape: Shape,
+    stage: str,
+    gpu: Gpu,
+    gpus: int,
+    memory_bytes: float,
+    longest_row: int,
+    tokens_per_update: float,
+    layers_kept: tuple[int, int] | None = None,
+    tokens: int | None = None,
 ) -> Budget | None:
-    """Fastest budget of full fine-tuning with a stage inside `memory_bytes` per card, or None."""
+    """Fastest budget of full fine-tuning with a stage inside `memory_bytes` per card, or None.
+
+    `layers_kept` and `tokens` as in choose_qlora_budget.
+    """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage}")
 
     def fits(budget: Budget) -> bool:
         return total(full_memory(shape, stage, gpus, budget.tokens, budget.layers_kept)) <= memory_bytes
 
+    least, most = layers_kept or (0, shape.layers)
     return _best(
         fits,
         lambda budget: -full_update_seconds(shape, gpu, budget, stage, gpus, tokens_per_update),
-        _sizes(longest_row, tokens_per_update / gpus),
-        0,
-        shape.layers,
+        [tokens] if tokens else _sizes(longest_row, tokens_per_update / gpus),
+        least,
+        most,
     )

@@ -108,16 +108,23 @@ def _train(arguments: Arguments, method: Method, identity: dict[str, Any], names
     room = measure_room(arguments, shape, model, samples, args.world_size, per_update, width)
     budget = decide_budget(method, room)
     if is_first_rank():
-        check_saving(room, bool(evaluation))
+        check_saving(method, room, bool(evaluation))
     checkpoint_layers(model, shape.layers - budget.layers_kept)
     last_update = prepare.updates_in_all(arguments, len(samples), per_update)
     run = Run(arguments, method, identity, names, tokenizer, samples, room, budget, last_update)
-    trainer = _build_trainer(run, args, model, evaluation)
+    optimizer = method.optimizer(arguments, getattr(torch, dtype))
+    trainer = _build_trainer(run, args, model, evaluation, optimizer)
     _print_plan(run, trainer)
     return _run(run, trainer)
 
 
-def _build_trainer(run: Run, args: "TrainingArguments", model: Any, evaluation: list["Sample"]) -> "UpdateTrainer":
+def _build_trainer(
+    run: Run,
+    args: "TrainingArguments",
+    model: Any,
+    evaluation: list["Sample"],
+    optimizer: tuple[type, dict[str, Any]] | None,
+) -> "UpdateTrainer":
     from transformers.trainer_callback import PrinterCallback
 
     from finetune.checkpointing import RunPlan
@@ -136,15 +143,29 @@ def _build_trainer(run: Run, args: "TrainingArguments", model: Any, evaluation: 
         token_budget=run.budget.tokens,
         identity=run.identity,
         names=run.names,
-        record={"rows": len(run.samples), "updates_planned": run.last_update},
+        record={
+            "rows": len(run.samples),
+            "updates_planned": run.last_update,
+            "stage": run.method.stage,
+            "ranks": run.room.world_size,
+            **run.method.record,
+        },
         save_total_limit=run.arguments.train.save_total_limit,
         finish_folder=finish_folder,
+        finish_final=run.method.finish_final,
         eval_samples=evaluation,
     )
     gpu, price = run.room.gpu, float(os.environ.get("PRICE_PER_HOUR") or 0)
     peak = gpu.peak_tflops * 1e12 * run.room.world_size if gpu else None
     meter = Meter(run.method.flops_per_token(run.room), peak, price)
-    trainer = UpdateTrainer(model=model, args=args, samples=run.samples, plan=plan, meter=meter)
+    trainer = UpdateTrainer(
+        model=model,
+        args=args,
+        samples=run.samples,
+        plan=plan,
+        meter=meter,
+        optimizer_cls_and_kwargs=optimizer,
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(trainer, meter))
     return trainer

@@ -1,0 +1,118 @@
+"""Full-parameter training as finetune.training runs it: on one card in 16 bits, on several with DeepSpeed's stages."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.arguments import Arguments
+from finetune.errors import UserError
+from finetune.memory import full_memory, full_saved_bytes, host_memory, shape_of_config
+from finetune.norm_head import fold_head, has_norm_head
+from finetune.prepare import say
+from finetune.room import Method, Room, layers_allowed
+from finetune.saving import check_host_memory
+from finetune.speed import Budget, choose_full_budget, full_flops_per_token, full_update_seconds
+from finetune.zero import join_group, local_ranks, stage_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+ADAM_NUMBERS = {"betas": (0.9, 0.999), "eps": 1e-8}  # transformers' own
+
+
+def full_method(arguments: Arguments) -> Method:
+    """The method for the DeepSpeed file (or none) that the arguments name. Raises UserError for an unusable file."""
+    stage = stage_of(arguments.train.deepspeed)
+    model_dir = arguments.model.model_name_or_path
+    norm_head = bool(model_dir) and has_norm_head(model_dir)
+    return Method(
+        name="all parameters, " + ("one process" if stage == "none" else f"DeepSpeed ZeRO stage {stage}"),
+        load=lambda arguments, dtype, device: _load(arguments, dtype, device, stage, norm_head),
+        choose_budget=lambda room: _choose_budget(room, stage),
+        predict_memory=lambda room, budget: full_memory(
+            room.shape, stage, room.world_size, budget.tokens, budget.layers_kept
+        ),
+        flops_per_token=lambda room: full_flops_per_token(room.shape),
+        tokens_per_second=lambda room, budget: _tokens_per_second(room, budget, stage),
+        saved_bytes=lambda room: full_saved_bytes(room.trainable, stage, room.trained_bytes),
+        optimizer=lambda arguments, dtype: _optimizer(arguments, dtype, stage),
+        stage=stage,
+        finish_final=fold_head if norm_head else None,
+        record={"norm_head": norm_head},
+    )
+
+
+def _load(
+    arguments: Arguments, dtype: "torch.dtype", device: "torch.device", stage: str, norm_head: bool
+) -> "PreTrainedModel":
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from finetune.attention import PADDING_FREE, enable_padding_free_attention
+    from finetune.loss import enable_chunked_loss
+    from finetune.qlora import apply_liger
+
+    model_dir = arguments.model.model_name_or_path
+    if stage != "none":
+        join_group()
+        _check_offloading(model_dir, stage)
+    elif dtype == torch.float16:
+        raise UserError("without DeepSpeed, weights are trained in bfloat16, which this card has not. Set a stage.")
+    if norm_head:
+        say("the head is a NormHead: its rows are normalised in every pass, and in final/")
+    # ZeRO-3 places the weights itself, a part on each card, while they are loaded.
+    place = {} if stage.startswith("3") else {"device_map": {"": torch.device(device)}}
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation=PADDING_FREE, **place)
+    enable_chunked_loss(model, normalize_head=norm_head)
+    apply_liger(model)
+    return enable_padding_free_attention(model)
+
+
+def _check_offloading(model_dir: str, stage: str) -> None:
+    """Raises UserError where main memory cannot take what the stage puts there."""
+    needed = host_memory(shape_of_config(json.loads((Path(model_dir) / "config.json").read_text("utf-8"))), stage)
+    if needed:
+        check_host_memory(int(needed), f"DeepSpeed stage {stage}")
+
+
+def _choose_budget(room: Room, stage: str) -> Budget | None:
+    return choose_full_budget(
+        room.shape,
+        stage,
+        room.gpu,
+        room.world_size,
+        room.memory_bytes,
+        room.longest_row,
+        room.tokens_per_update,
+        layers_kept=layers_allowed(room),
+        tokens=room.arguments.train.tokens_per_micro_batch or None,
+    )
+
+
+def _tokens_per_second(room: Room, budget: Budget, stage: str) -> float:
+    seconds = full_update_seconds(room.shape, room.gpu, budget, stage, room.world_size, room.tokens_per_update)
+    return room.tokens_per_update / seconds / room.world_size
+
+
+def _optimizer(arguments: Arguments, dtype: "torch.dtype", stage: str) -> tuple[type, dict[str, Any]] | None:
+    """AdamW in the form that suits the weights; any other `optim` is transformers' business."""
+    import torch
+
+    train = arguments.train
+    numbers = {"lr": train.learning_rate, **ADAM_NUMBERS}
+    if stage == "none" and dtype.itemsize == 2:
+        if train.optim not in ADAMW:
+            say(
+                f"note: {train.optim} rounds to the nearest 16-bit number, which loses small updates; adamw_torch does not"
+            )
+            return None
+        from finetune.optimizers import StochasticAdamW
+
+        say(f"note: weights and moments are 16-bit: {train.optim} rounds stochastically, so small updates count")
+        return StochasticAdamW, {**numbers, "seed": train.seed}
+    if train.optim in ADAMW and torch.cuda.is_available() and not stage.endswith("offload"):
+        # The unfused form holds another copy of the second moments while it steps.
+        return torch.optim.AdamW, {**numbers, "fused": True}
+    return None
