@@ -43,11 +43,22 @@ class EncodeReport:
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]]) -> list[int]:
     """Ids of role/content messages, ending with the assistant's header. Raises UserError as `skeleton` does."""
-    if not messages:
-        raise UserError("expected at least one message, found none.")
-    form = skeleton(tokenizer, tuple(message["role"] for message in messages), True)
-    contents = _encode_contents(tokenizer, [slot.strip(messages[slot.message]["content"]) for slot in form.slots])
-    return _fill(form, contents)[0]
+    return encode_prompts(tokenizer, [messages])[0]
+
+
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[dict[str, str]]]
+) -> list[list[int]]:
+    """The same for many conversations; one call of the tokenizer, which uses all cores for it."""
+    forms, texts = [], []
+    for messages in conversations:
+        if not messages:
+            raise UserError("expected at least one message, found none.")
+        form = skeleton(tokenizer, tuple(message["role"] for message in messages), True)
+        texts += [slot.strip(messages[slot.message]["content"]) for slot in form.slots]
+        forms.append(form)
+    encoded = iter(_encode_contents(tokenizer, texts))
+    return [_fill(form, [next(encoded) for _ in form.slots])[0] for form in forms]
 
 
 def encode_row(tokenizer: "PreTrainedTokenizerBase", row: "Row", max_seq_length: int) -> Sample | None:

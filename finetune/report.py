@@ -7,9 +7,10 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune.progress import Meter
+if TYPE_CHECKING:
+    from finetune.progress import Meter
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "liger-kernel", "numpy")
 
@@ -42,7 +43,7 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
     os.replace(written, path)
 
 
-def run_numbers(progress: Any, meter: Meter, step: int, last_step: int) -> dict[str, Any]:
+def run_numbers(progress: Any, meter: "Meter", step: int, last_step: int) -> dict[str, Any]:
     """Seconds, tokens, speed, memory and cost of a run over all its starts."""
     seconds = progress.seconds
     return {

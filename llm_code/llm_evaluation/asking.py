@@ -1,0 +1,69 @@
+"""The part that both evaluations share: command-line flags of the model, and a run that can be killed and resumed."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.countdown import Countdown
+from finetune.errors import UserError
+from finetune.partial_results import PartialResults
+from llm_code.llm_evaluation.answering import Answerer, Decoding, Generation, Likelihood, LocalModel, Prompt
+
+
+def add_model_flags(parser: argparse.ArgumentParser, ways: Sequence[str], max_new_tokens: int) -> None:
+    """Flags that say which model answers, and how."""
+    parser.add_argument("--model_name_or_path", "--base_model_path", help="checkpoint in a current layout")
+    parser.add_argument("--adapter_name_or_path", help="LoRA adapter on that checkpoint")
+    parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights (default: 16 bit, 32 on a CPU)")
+    parser.add_argument("--answer", choices=ways, default="generate", help="way to answer (default: generate)")
+    parser.add_argument("--service_url", help="address for --answer service, such as http://127.0.0.1:10820")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests at a time to the service (default: 16)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=max_new_tokens, help=f"tokens of an answer (default: {max_new_tokens})"
+    )
+    parser.add_argument("--batch_size", type=int, default=256, help="rows of one batch at most (default: 256)")
+    parser.add_argument("--token_budget", type=int, default=0, help="tokens of one batch (default 0: by the device)")
+
+
+def make_answerer(args: argparse.Namespace, decoding: Decoding, labels: Sequence[str] = ()) -> Answerer:
+    """The answerer that the flags name. Raises UserError when something it needs is missing."""
+    if args.answer == "service":
+        from llm_code.llm_evaluation.service_answerer import Service
+
+        if not args.service_url:
+            raise UserError("--answer service needs --service_url, such as http://127.0.0.1:10820.")
+        return Service(args.service_url, decoding, args.concurrency)
+    if not args.model_name_or_path:
+        raise UserError("expected --model_name_or_path, the checkpoint to ask, or --answer service --service_url URL.")
+    model = LocalModel(
+        args.model_name_or_path, args.adapter_name_or_path, args.load_in_4bit, args.token_budget, args.batch_size
+    )
+    return Likelihood(model, labels) if args.answer == "likelihood" else Generation(model, decoding)
+
+
+def collect(
+    answerer: Answerer, prompts: Sequence[Prompt], path: Path, config: dict[str, Any]
+) -> tuple[list[str], dict[str, Any], PartialResults]:
+    """Answers to all prompts, how long they took, and the open partial file.
+
+    Finished batches lie in the file at `path`; those of an earlier run with the same configuration are taken over. The
+    caller removes the file when the answers have reached their final place.
+    """
+    partial = PartialResults(path, config)
+    batches = answerer.plan(prompts)
+    todo = {min(batch): batch for batch in batches if min(batch) not in partial.batches}
+    countdown = Countdown(len(prompts), done=len(prompts) - sum(map(len, todo.values())), unit="questions")
+    if countdown.done:
+        print(f"going on behind {countdown.done} of {len(prompts)} questions", file=sys.stderr)
+    for pairs in answerer.answer(prompts, list(todo.values())):
+        partial.append(min(number for number, _ in pairs), pairs)
+        countdown.advance(len(pairs))
+    answers = dict(pair for pairs in partial.batches.values() for pair in pairs)
+    timing = {
+        "questions_computed": countdown.done - countdown.first,
+        "seconds": round(countdown.seconds, 3),
+        "questions_per_second": round(countdown.rate, 3),
+    }
+    return [answers[number] for number in range(len(prompts))], timing, partial

@@ -1,0 +1,114 @@
+"""Prompts answered by a service that speaks the OpenAI protocol, several requests at a time."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import UserError
+from finetune.partial_results import config_hash
+from llm_code.llm_evaluation.answering import Answers, Batch, Decoding, Prompt
+
+if TYPE_CHECKING:
+    import httpx
+
+ATTEMPTS = 6
+TRY_AGAIN = (408, 429, 500, 502, 503, 504)
+TIMEOUT_SECONDS = 600.0
+LONGEST_WAIT_SECONDS = 30.0
+
+
+@dataclass
+class Service:
+    """`url` is the address with or without /v1; the first model that it lists answers."""
+
+    url: str
+    decoding: Decoding
+    concurrency: int = 16
+
+    @property
+    def base_url(self) -> str:
+        """The address with /v1."""
+        return self.url.rstrip("/").removesuffix("/v1") + "/v1"
+
+    @cached_property
+    def client(self) -> "httpx.Client":
+        """One pool of connections for all threads."""
+        import httpx
+
+        key = os.environ.get("SERVICE_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.base_url, headers=headers, timeout=TIMEOUT_SECONDS)
+
+    @cached_property
+    def model(self) -> str:
+        """Id of the model. Raises UserError when the service does not list one."""
+        listed = self.request("GET", "models").get("data") or []
+        if not listed:
+            raise UserError(f"{self.base_url}: expected a model in /v1/models, found none.")
+        return listed[0]["id"]
+
+    def identity(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Address and model as the service names them: which weights stand behind them only the service knows."""
+        asked = config_hash({"texts": [prompt.text for prompt in prompts]})
+        place = {"answer": "service", "service": self.base_url, "model": self.model, "prompts": asked}
+        return place | vars(self.decoding)
+
+    def plan(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """One prompt a request; the service makes its own batches. Longest first, as they take longest."""
+        return [[number] for number in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].text), i))]
+
+    def answer(self, prompts: Sequence[Prompt], batches: Sequence[Batch]) -> Iterator[Answers]:
+        numbers = [number for batch in batches for number in batch]
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            asked = {pool.submit(self.ask, number, prompts[number].text): number for number in numbers}
+            try:
+                for future in as_completed(asked):
+                    yield [(asked[future], future.result())]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def ask(self, number: int, text: str) -> str:
+        """One answer; with sampling every prompt has its own seed."""
+        decoding = self.decoding
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": text}]}
+        body |= {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
+        if decoding.temperature > 0:
+            body |= {"top_p": decoding.top_p, "seed": decoding.seed + number}
+        return self.request("POST", "chat/completions", body)["choices"][0]["message"]["content"] or ""
+
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON of a reply; a busy service is asked again. Raises UserError when it refuses or stays away."""
+        import httpx
+
+        problem = ""
+        for attempt in range(ATTEMPTS):
+            wait = min(2.0**attempt / 4, LONGEST_WAIT_SECONDS)
+            try:
+                reply = self.client.request(method, path, json=body)
+            except httpx.TransportError as error:
+                problem = str(error) or type(error).__name__
+            else:
+                if reply.is_success:
+                    return reply.json()
+                problem = f"HTTP {reply.status_code}: {reply.text[:300]}"
+                if reply.status_code not in TRY_AGAIN:
+                    break
+                wait = _seconds(reply.headers.get("Retry-After"), wait)
+            if attempt < ATTEMPTS - 1:
+                time.sleep(wait)
+        raise UserError(
+            f"{self.base_url}/{path}: {problem}. Check that the service runs (`make baichuan-serve`), its address and "
+            "SERVICE_API_KEY, and run again: answers that are there are kept."
+        )
+
+
+def _seconds(header: str | None, otherwise: float) -> float:
+    """Retry-After in seconds, where it is a number."""
+    try:
+        return min(float(header or ""), LONGEST_WAIT_SECONDS)
+    except ValueError:
+        return otherwise
