@@ -1,8 +1,8 @@
 """A small self-written MMCU set in the benchmark's own layout, with the irregularities of the original.
 
-Four domains in test/ and dev/: 医疗 has a sheet for every subject, 教育 a workbook for every subject. One answer column is
-headed "B", answers have full-width letters, spaces, commas or a line end in them, cells are numbers or empty, one row
-has no answer, one is blank, lock files lie beside the workbooks.
+Four domains in test/ and dev/: 医疗 has a sheet for every subject, 教育 a workbook for every subject. One answer column
+is headed "B", answers have full-width letters, spaces, commas or a line end in them, cells are numbers or empty, one
+row has no answer, one is blank, lock files lie beside the workbooks.
 """
 
 from collections.abc import Sequence

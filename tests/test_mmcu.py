@@ -1,0 +1,233 @@
+"""MMCU from the workbooks to the report: reading against pandas, the real program killed, resumed, over a service."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas
+import pytest
+from openpyxl import Workbook
+
+from finetune.errors import UserError
+from finetune.models import load_for_inference
+from llm_code.llm_evaluation import mmcu
+from llm_code.llm_evaluation.mmcu_data import find_data_dir, read_questions, read_shots, stem_of
+from llm_code.llm_evaluation.mmcu_prompts import prompt
+from llm_code.llm_evaluation.mmcu_report import verdict
+from llm_code.llm_evaluation.mmcu_statistics import by_subject, compare_runs, make_record, summarise
+from tests.chat_server import ChatServer
+from tests.test_mmcu_scoring import ask as make_question
+from tests.tiny.build_mmcu import OTHERS, SUBJECTS, build_mmcu
+
+FILES = ("answers.jsonl", *SUBJECTS, *OTHERS)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The small set, and how many questions it has."""
+    folder = tmp_path_factory.mktemp("mmcu") / "MMCU0513"
+    return folder, build_mmcu(folder)
+
+
+def pandas_prompt(test, dev, i, ntrain):
+    """The benchmark's prompt from pandas' tables."""
+
+    def shown(table, i):
+        question, *options = table.iloc[i, :5]
+        lines = [question]
+        for letter, option in zip("ABCD", options, strict=True):
+            if isinstance(option, str):
+                for removed in " ．|A、|B、|C、|D、|A.|B.|C.|D.|A|B|C|D|Ａ、|Ｂ、|Ｃ、|Ｄ、".split("|"):
+                    option = option.replace(removed, "")
+                option = option.strip()
+            lines.append(f"{letter}. {option}")
+        return "\n".join([*lines, "正确答案的序号是："])
+
+    start = "请阅读以下选择题并给出正确选项，不要解释原因。请只给出答案的序号。\n"
+    return start + "".join(f"{shown(dev, k)} {dev.iloc[k, 5]}\n\n" for k in range(ntrain)) + shown(test, i)
+
+
+@pytest.mark.parametrize("ntrain", [0, 5])
+def test_official_prompts_are_those_that_pandas_gives(data, ntrain):
+    folder, total = data
+    questions, remarks = read_questions(folder)
+    shots = read_shots(folder, ntrain)
+    assert len(questions) == total
+    assert remarks == ["心理.xlsx, Sheet1: question 5 has no answer and is left out"]
+    assert [q.subject for q in questions if q.number == 1] == [*SUBJECTS, "心理", "教育_数学", "教育_语文", "法律"]
+    assert {q.domain for q in questions} == {"医疗", "法律", "心理", "教育"}
+    for question in questions:
+        book, sheet = stem_of(question), question.subject if question.domain == "医疗" else 0
+        test = pandas.read_excel(folder / "test" / f"{book}.xlsx", sheet_name=sheet).dropna(how="all")
+        dev = pandas.read_excel(folder / "dev" / f"{book}.xlsx")
+        found = prompt("official", shots[book], question)
+        assert found == pandas_prompt(test, dev, question.number - 1, ntrain)
+        assert question.answer == test.iloc[question.number - 1, 5]
+
+
+def test_a_nested_folder_is_found_and_other_data_is_refused(data, tmp_path):
+    folder, _ = data
+    assert find_data_dir(folder.parent) == folder
+    with pytest.raises(UserError, match="make mmcu-download"):
+        find_data_dir(tmp_path)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "法律.xlsx").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="法律.xlsx: expected an Excel workbook"):
+        read_questions(tmp_path)
+    book = Workbook()
+    book.active.append(["题目", "A", "B", "答案"])
+    book.active.append(["甲", "乙", "丙", "A"])
+    book.save(tmp_path / "test" / "法律.xlsx")
+    with pytest.raises(UserError, match=r"sheet Sheet: expected 6 columns .* found 4"):
+        read_questions(tmp_path)
+    with pytest.raises(UserError, match="expected worked examples for --ntrain 5"):
+        read_shots(tmp_path, 5)
+
+
+def records_of(rows):
+    """Records of (domain, subject, answer cell, the model's answer)."""
+    return [
+        make_record(make_question(domain=domain, subject=subject, number=i, answer=gold), text, text)
+        for i, (domain, subject, gold, text) in enumerate(rows)
+    ]
+
+
+def test_scores_by_hand():
+    rows = [
+        ("医疗", "病理学", "A", "A"),
+        ("医疗", "病理学", "AB", "BA"),
+        ("医疗", "病理学", "C", "不知道"),
+        ("医疗", "药理学", "B", "答案：B"),
+        ("法律", "法律", "BD", "D、B"),
+        ("法律", "法律", "C\n", "C"),
+    ]
+    records = records_of(rows)
+    assert [record["official_correct"] for record in records] == [True, False, False, True, False, False]
+    assert [record["correct"] for record in records] == [True, True, False, True, True, True]
+    official, strict = summarise(records, "official"), summarise(records, "strict")
+    assert official["domains"]["医疗"]["macro"] == pytest.approx((1 / 3 + 1) / 2)
+    assert official["overall"]["macro"] == pytest.approx(((1 / 3 + 1) / 2 + 0) / 2)
+    assert official["overall"]["accuracy"]["value"] == pytest.approx(2 / 6)
+    assert strict["overall"]["macro"] == pytest.approx(((2 / 3 + 1) / 2 + 1) / 2)
+    assert (strict["overall"]["single"]["correct"], strict["overall"]["single"]["total"]) == (3, 4)
+    assert (strict["overall"]["several"]["correct"], strict["overall"]["several"]["total"]) == (2, 2)
+    assert (official["overall"]["invalid"], strict["overall"]["invalid"]) == (1, 1)
+    lines = mmcu.subject_file(by_subject(records)["病理学"])
+    assert lines == "A|||A|||True\nBA|||AB|||False\n未成功回答|||C|||False\nAverage accuracy 0.333 - 病理学\n"
+    # a line end in the answer cell stays in the file, as the benchmark's script leaves it
+    assert "C|||C\n|||False\n" in mmcu.subject_file(by_subject(records)["法律"])
+
+
+def test_comparison_by_hand():
+    ours = records_of([("法律", "法律", "A", "A")] * 6 + [("心理", "心理", "A", "A"), ("心理", "心理", "A", "B")])
+    theirs = records_of([("法律", "法律", "A", "B")] * 6 + [("心理", "心理", "A", "B"), ("心理", "心理", "A", "A")])
+    found = compare_runs(ours, theirs, "other")
+    law, mind = found["strict"]["subjects"]["法律"], found["strict"]["subjects"]["心理"]
+    assert law["mcnemar_exact_p"] == pytest.approx(2 / 64) and law["holm_p"] == pytest.approx(4 / 64)
+    assert mind["mcnemar_exact_p"] == mind["holm_p"] == 1
+    overall = found["strict"]["overall"]
+    assert overall["difference"] == pytest.approx(6 / 8)
+    # 7 against 1: 2 (1 + 8) / 2^8
+    assert overall["mcnemar_exact_p"] == pytest.approx(18 / 256)
+    assert verdict(found).startswith("No difference beyond chance")
+    clear = compare_runs(ours[:6], theirs[:6], "other")
+    assert verdict(clear).startswith("This run is better")
+    assert verdict(compare_runs(theirs[:6], ours[:6], "other")).startswith("This run is worse")
+    with pytest.raises(UserError, match="same 6 questions"):
+        compare_runs(ours[:6], theirs, "other")
+
+
+def arguments(data, save_dir, *options):
+    return [str(word) for word in ("--data_dir", data[0], "--save_dir", save_dir, *options)]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, data):
+    """Run the program in this process; returns its stdout and stderr."""
+
+    def run(save_dir, *options):
+        monkeypatch.setattr(sys, "argv", ["mmcu", *arguments(data, save_dir, *options)])
+        capsys.readouterr()
+        mmcu.main()
+        return capsys.readouterr()
+
+    return run
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def test_killed_and_restarted_gives_the_same_files(tiny_qwen, data, tmp_path, run):
+    """Also with one row a batch against sixteen."""
+    options = ("--model_name_or_path", tiny_qwen, "--max_new_tokens", "4", "--batch_size")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, *options, "16")
+    program = [sys.executable, "-m", "llm_code.llm_evaluation.mmcu", *arguments(data, cut, *options, "1")]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    partial = cut / "partial.jsonl"
+    while process.poll() is None:
+        if partial.exists() and partial.read_bytes().count(b"\n") > 4:
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.001)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the program should have been killed before its end"
+    assert not (cut / "answers.jsonl").exists() and not (cut / "report.json").exists()
+    done = run(cut, *options, "1", "--compare_with", whole)
+    assert "going on behind" in done.err and "No difference beyond chance" in done.out
+    assert contents(cut) == contents(whole) and not partial.exists()
+    report = report_of(cut)
+    assert 0 < report["timing"]["questions_computed"] < report_of(whole)["timing"]["questions_computed"]
+    assert len(report["samples"]) == 20 and report["config"]["data"] == report_of(whole)["config"]["data"]
+    for name in ("report.txt", "report.md"):
+        assert "心理.xlsx, Sheet1: question 5 has no answer" in (cut / name).read_text(encoding="utf-8")
+    assert (cut / "report.png").read_bytes().startswith(b"\x89PNG")
+
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert run(whole, *options, "16").out.startswith("already done")
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_likelihood_with_worked_examples_and_a_limit(tiny_baichuan, tmp_path, run):
+    folder = tmp_path / "result"
+    options = ("--model_name_or_path", tiny_baichuan, "--answer", "likelihood", "--ntrain", "5", "--limit", "14")
+    run(folder, *options)
+    records = mmcu.read_answers(folder)
+    assert len(records) == 14 and {record["subject"] for record in records} == {*SUBJECTS, *OTHERS}
+    assert all(record["answer"] in mmcu.SUBSETS and record["predicted"] == record["answer"] for record in records)
+    assert report_of(folder)["strict"]["overall"]["invalid"] == 0
+    again = tmp_path / "again"
+    run(again, *options, "--batch_size", "1")
+    assert contents(again) == contents(folder)
+
+
+def test_the_service_gives_what_the_model_gives(tiny_qwen, tmp_path, run, monkeypatch):
+    monkeypatch.setenv("SERVICE_API_KEY", "secret")
+    limits = ("--limit", "20", "--max_new_tokens", "6")
+    run(tmp_path / "direct", "--model_name_or_path", tiny_qwen, *limits)
+    with ChatServer(*load_for_inference(tiny_qwen)) as server:
+        server.busy = 2
+        run(tmp_path / "service", "--answer", "service", "--service_url", server.url, *limits)
+        assert server.keys == {"Bearer secret"} and server.requests[0]["temperature"] == 0
+        server.status = 401
+        with pytest.raises(UserError, match="HTTP 401.*turned off.*SERVICE_API_KEY"):
+            run(tmp_path / "refused", "--answer", "service", "--service_url", server.url + "/v1/", *limits)
+    assert contents(tmp_path / "service") == contents(tmp_path / "direct")
+    assert report_of(tmp_path / "service")["config"]["model"] == "tiny"
+
+
+def test_what_is_missing_is_named(tmp_path, run):
+    with pytest.raises(UserError, match="--model_name_or_path"):
+        run(tmp_path)
+    with pytest.raises(UserError, match="--service_url"):
+        run(tmp_path, "--answer", "service")
+    with pytest.raises(UserError, match="answers of an MMCU run"):
+        mmcu.read_answers(tmp_path)
+    assert len(mmcu.SUBSETS) == 15 and mmcu.SUBSETS[0] == "A" and mmcu.SUBSETS[-1] == "ABCD"
