@@ -11,7 +11,9 @@ from torch import nn
 from transformers import Trainer
 
 from finetune import saving
+from finetune.checkpoint.manifest import MAX_SHARD_BYTES
 from finetune.errors import UserError
+from finetune.zero import make_universal, weights_from_zero
 
 if TYPE_CHECKING:
     from finetune.conversation import Sample
@@ -32,7 +34,8 @@ class Progress:
 class RunPlan:
     """What the trainer needs to know beyond transformers' arguments.
 
-    `identity`, `names` and `record` go into every marker; `finish_folder` adds files before a folder is published.
+    `identity`, `names` and `record` go into every marker; `finish_folder` adds files before a folder is published,
+    `finish_final` changes final/ after that.
     """
 
     rows_per_update: int
@@ -77,9 +80,35 @@ class CheckpointingTrainer(Trainer):
     def _publish(self, written: Path, target: Path) -> None:
         if self.plan.finish_folder:
             self.plan.finish_folder(written)
+        if self.plan.finish_final and target.name == "final":
+            self.plan.finish_final(written)
         marker = {"identity": self.plan.identity, "names": self.plan.names, **self.plan.record}
         marker.update(step=self.state.global_step, progress=asdict(self.progress))
         saving.publish(written, target, marker)
+
+    @property
+    def _zero_stage(self) -> int:
+        """DeepSpeed's stage, 0 without DeepSpeed."""
+        return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+
+    def _gathers_weights(self) -> bool:
+        return self._zero_stage < 3 or self.deepspeed.zero_gather_16bit_weights_on_model_save()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter or model. With stage 3 all ranks gather it, unless DeepSpeed's file forbids that."""
+        if not self._gathers_weights():
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+        elif self._zero_stage in (1, 2):
+            # Every rank has all weights: transformers would copy them into main memory on each of them.
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if hasattr(self.model, "peft_config"):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            self.model.save_pretrained(output_dir, state_dict=state_dict, max_shard_size=MAX_SHARD_BYTES)
 
     def save_final(self) -> Path:
         """Write output_dir/final, the adapter or model. Called on all ranks."""
@@ -87,6 +116,8 @@ class CheckpointingTrainer(Trainer):
         target = Path(self.args.output_dir) / "final"
         self.save_model(str(written), _internal_call=True)
         self._barrier()
+        if self.args.should_save and not self._gathers_weights():
+            weights_from_zero(saving.newest_checkpoint(self.args.output_dir)[0], written, self.model.dtype)
         if self.args.should_save:
             (written / "training_args.bin").unlink(missing_ok=True)
             self._publish(written, target)
@@ -127,8 +158,21 @@ class CheckpointingTrainer(Trainer):
         if checkpoint is None:
             return None
         self._say(f"going on from {checkpoint}")
-        self.progress = Progress(**saving.read_marker(checkpoint).get("progress", {}))
+        marker = saving.read_marker(checkpoint)
+        self.progress = Progress(**marker.get("progress", {}))
+        if self.is_deepspeed_enabled and marker.get("ranks", self.args.world_size) != self.args.world_size:
+            return str(self._for_these_ranks(checkpoint, marker["ranks"]))
         return str(checkpoint)
+
+    def _for_these_ranks(self, checkpoint: Path, ranks: int) -> Path:
+        """DeepSpeed cuts its states by ranks: rewrite a checkpoint of another number into its universal form."""
+        target = saving.aside_dir(self.args.output_dir) / f"universal-{checkpoint.name}"
+        if self.args.should_save:
+            self._say(f"it was written by {ranks} ranks, these are {self.args.world_size}: rewriting it")
+            make_universal(checkpoint, target)
+        self._barrier()
+        self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+        return target
 
     def _barrier(self) -> None:
         if self.args.world_size > 1:

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.arguments import Arguments
 from finetune.errors import UserError
+from finetune.final_model import complete
 from finetune.memory import full_memory, full_saved_bytes, host_memory, shape_of_config
-from finetune.norm_head import fold_head, has_norm_head
+from finetune.norm_head import has_norm_head
 from finetune.prepare import say
 from finetune.room import Method, Room, layers_allowed
 from finetune.saving import check_host_memory
 from finetune.speed import Budget, choose_full_budget, full_flops_per_token, full_update_seconds
-from finetune.zero import join_group, local_ranks, stage_of
+from finetune.zero import join_group, stage_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ def full_method(arguments: Arguments) -> Method:
         saved_bytes=lambda room: full_saved_bytes(room.trainable, stage, room.trained_bytes),
         optimizer=lambda arguments, dtype: _optimizer(arguments, dtype, stage),
         stage=stage,
-        finish_final=fold_head if norm_head else None,
+        finish_final=lambda folder: complete(folder, model_dir, norm_head),
         record={"norm_head": norm_head},
     )
 
@@ -105,7 +106,7 @@ def _optimizer(arguments: Arguments, dtype: "torch.dtype", stage: str) -> tuple[
     if stage == "none" and dtype.itemsize == 2:
         if train.optim not in ADAMW:
             say(
-                f"note: {train.optim} rounds to the nearest 16-bit number, which loses small updates; adamw_torch does not"
+                f"note: {train.optim} rounds to the nearest 16-bit number and loses small updates, adamw_torch does not"
             )
             return None
         from finetune.optimizers import StochasticAdamW

@@ -5,9 +5,10 @@
 Launchers do two things badly: torchrun kills its ranks 30 seconds after a SIGTERM, less than an update and a
 checkpoint of a large model may take, and deepspeed's launcher leaves them behind; and both answer 1 whatever a rank's
 exit status was. So the launcher runs in a session of its own, SIGTERM and SIGINT go to the ranks alone, which finish
-their update, save and leave; nothing of the launcher's session outlives this process; and the status the ranks noted
-is the one given back: 143 or 130 after a signal, 2 for an error that was explained, else the launcher's own. Standard
-library only.
+their update, save and leave; a rank that was killed ends the others within seconds; nothing of the launcher's session
+outlives this process, nor the shared memory its ranks talked through; and the status the ranks noted is the one given
+back: 143 or 130 after a signal, 2 for an error that was explained, 137 for a killed rank, else the launcher's own.
+Standard library only.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +29,11 @@ from finetune.errors import UserError, run_main
 
 STATUS_DIR = "FINETUNE_STATUS_DIR"
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+KILLED = 128 + signal.SIGKILL
 ORPHAN_GRACE_SECONDS = 5.0
 OTHER_RANKS_SECONDS = 20.0
+KILLED_RANK_SECONDS = 3.0  # its last words and the others' come first
+SHARED_MEMORY = Path("/dev/shm")
 PR_SET_PDEATHSIG = 1
 
 
@@ -39,19 +44,52 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
     """run_main for a program that may be one rank of several: an error of all is printed once, the status noted."""
     # Until training begins there is nothing to save: leave at once, but as one who was asked to.
     signal.signal(signal.SIGTERM, _leave)
+    _note("started", " ".join([str(os.getpid()), *map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT"), ("-", "-"))]))
+    threading.Thread(target=_follow_launcher, daemon=True).start()
     try:
         run_main(lambda: _print_once(main))
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
-    folder = os.environ.get(STATUS_DIR)
-    if folder and status:
-        (Path(folder) / f"rank-{os.environ.get('RANK', '0')}").write_text(str(status))
-        # With another status than 0 launchers add a report of their own to what is explained already. Ranks that should
-        # wait for this one in vain are ended by run_launcher.
-        if status in (*STOPPED, 2):
-            status = 0
+    except BaseException:
+        _note("ended", "1")
+        raise
+    _note("ended", str(status))
+    # With another status than 0 launchers add a report of their own to what is explained already. Ranks that should
+    # wait for this one in vain are ended by run_launcher.
+    if os.environ.get(STATUS_DIR) and status in (*STOPPED, 2):
+        status = 0
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _note(what: str, text: str) -> None:
+    """Leave a note about this rank for run_launcher; written aside, so that it is read whole."""
+    folder, rank = os.environ.get(STATUS_DIR), os.environ.get("RANK", "0")
+    if folder and Path(folder).is_dir():
+        written = Path(folder) / f".{what}-{rank}"
+        written.write_text(text)
+        written.rename(Path(folder) / f"{what}-{rank}")
+
+
+def _follow_launcher() -> None:
+    """Stop as after SIGTERM when run_launcher is killed outright: deepspeed's launcher would not pass it on."""
+    folder = os.environ.get(STATUS_DIR)
+    if folder is None:
+        return
+    try:
+        launcher = int((Path(folder) / "launcher").read_text())
+    except OSError:
+        return
+    while _is_alive(launcher):
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -145,27 +183,58 @@ def _die_with_parent() -> None:
 
 
 def _noted_status(folder: Path) -> int | None:
-    statuses = sorted(int(path.read_text()) for path in folder.glob("rank-*"))
-    return statuses[0] if statuses else None
+    """Least status but 0 that a rank noted, None while there is none."""
+    return min((status for path in folder.glob("ended-*") if (status := int(path.read_text()))), default=None)
+
+
+def _killed_rank(folder: Path) -> str | None:
+    """Number of a rank that began, is gone and noted no end."""
+    for path in folder.glob("started-*"):
+        rank = path.name.partition("-")[2]
+        if not _is_alive(int(path.read_text().split()[0])) and not (folder / f"ended-{rank}").exists():
+            return rank
+    return None
+
+
+def _clear_shared_memory(folder: Path) -> None:
+    """DeepSpeed's ranks on a CPU never remove the buffers they share, named by user, address and port."""
+    groups = {tuple(path.read_text().split()[1:]) for path in folder.glob("started-*")}
+    for address, port in groups:
+        for path in SHARED_MEMORY.glob(f"deepspeed_*_{os.getuid()}_{address}_{port}_*"):
+            path.unlink(missing_ok=True)
 
 
 def _wait(launcher: subprocess.Popen, folder: Path) -> int:
     """Status of the launcher; it is not waited for much longer than for the first rank that left with an error."""
-    deadline = None
+    deadline = killed = None
     while True:
         try:
-            return launcher.wait(timeout=0.5)
+            status = launcher.wait(timeout=0.5)
+            return KILLED if killed or _killed_rank(folder) else status
         except subprocess.TimeoutExpired:
             if deadline is None and _noted_status(folder) not in (None, *STOPPED):
                 deadline = time.monotonic() + OTHER_RANKS_SECONDS
+            if killed is None and (killed := _killed_rank(folder)):
+                _say_killed(killed)
+                deadline = time.monotonic() + KILLED_RANK_SECONDS
             if deadline is not None and time.monotonic() > deadline:
                 _end_session(launcher.pid)
+
+
+def _say_killed(rank: str) -> None:
+    print(
+        f"rank {rank} was killed, perhaps for lack of main memory (look: dmesg). The others are ended; run again, "
+        "training goes on from the newest checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def run_launcher(command: list[str]) -> int:
     """Run the launcher to its end and return the status to leave with."""
     received: list[int] = []
     with tempfile.TemporaryDirectory(prefix="finetune-launch-") as folder:
+        (Path(folder) / "launcher").write_text(str(os.getpid()))
         try:
             launcher = subprocess.Popen(
                 command,
@@ -188,7 +257,10 @@ def run_launcher(command: list[str]) -> int:
                 signal.signal(number, forward)
         status = _wait(launcher, Path(folder))
         _end_session(launcher.pid)
+        _clear_shared_memory(Path(folder))
         noted = _noted_status(Path(folder))
+    if status == KILLED:
+        return status
     if noted is not None:
         return noted
     if received and status:

@@ -139,6 +139,17 @@ def check_same_run(output_dir: str | Path, identity: dict[str, Any], names: dict
             )
 
 
+def check_same_stage(output_dir: str | Path, stage: str) -> None:
+    """Raises UserError when the checkpoint to go on from was written by another DeepSpeed stage (`none`: without)."""
+    newest, _ = newest_checkpoint(output_dir)
+    there = (read_marker(newest) or {}).get("stage", stage) if newest else stage
+    if there != stage:
+        raise UserError(
+            f"{newest} was written with DEEPSPEED_STAGE={there}, now it is {stage}: they keep the optimiser's state "
+            f"differently. Set DEEPSPEED_STAGE={there} to go on, or name another --output_dir."
+        )
+
+
 def checkpoint_bytes(trainable_parameters: int, weight_bytes: int, optimizer_bytes: int) -> int:
     """Size of one checkpoint: weights that are trained and their optimiser state, and 20 MiB for the rest."""
     return trainable_parameters * (weight_bytes + optimizer_bytes) + 20 * 2**20

@@ -61,6 +61,7 @@ def run_training(arguments: Arguments, method: Method) -> int:
     identity, names = prepare.run_identity(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     output_dir = Path(arguments.train.output_dir)
     saving.check_same_run(output_dir, identity, names)
+    saving.check_same_stage(output_dir, method.stage)
     finished = saving.read_marker(output_dir / "final")
     if (
         finished
@@ -260,7 +261,9 @@ def _write_report(run: Run, trainer: "UpdateTrainer", status: str) -> None:
         "history": history,
     }
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    report.write_json(run.output_dir / "train_report.json", content)
+    folders = [run.output_dir, *([run.output_dir / "final"] if status == "finished" else [])]
+    for folder in folders:
+        report.write_json(folder / "train_report.json", content)
     if history:
         report.draw_losses(history, run.output_dir / "loss.png", f"{run.output_dir.name} ({status})")
     say(f"report: {run.output_dir / 'train_report.json'}, {run.output_dir / 'loss.png'}")

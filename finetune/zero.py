@@ -3,8 +3,13 @@
 A stage is called as in the plan: none, 1, 2, 3, 2-offload, 3-offload. DeepSpeed is imported only where a file is used.
 """
 
+import contextlib
+import io
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +17,7 @@ from finetune.errors import UserError
 from finetune.memory import STAGES
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 # The training JSON decides these; a block of DeepSpeed's would silently win over it.
@@ -69,3 +75,44 @@ def parameter_count(parameter: "nn.Parameter") -> int:
 def local_ranks() -> int:
     """Ranks on this machine; torchrun and DeepSpeed's launcher say it by different names."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def make_universal(checkpoint: Path, target: Path) -> None:
+    """Write `target`, a checkpoint that any number of ranks can load, beside what transformers itself needs of it.
+
+    Raises UserError when DeepSpeed cannot rewrite it.
+    """
+    step = _step_folder(checkpoint)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(step), "--output_folder", str(target / step.name)]
+    target.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(
+            f"{checkpoint} was written by another number of ranks and cannot be rewritten ({why}). "
+            "Go on with as many cards as before, or name another --output_dir."
+        )
+    for name in ("trainer_state.json", "scheduler.pt"):
+        shutil.copyfile(checkpoint / name, target / name)
+    (target / "latest_universal").write_text(step.name)
+
+
+def weights_from_zero(checkpoint: Path, target: Path, dtype: "torch.dtype") -> None:
+    """Put together the weights of a checkpoint whose ranks saved their parts alone, as safetensors files of `dtype`."""
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
+
+    from finetune.checkpoint.manifest import MAX_SHARD_BYTES
+
+    step = _step_folder(checkpoint)
+    with contextlib.redirect_stdout(io.StringIO()):
+        convert_zero_checkpoint_to_state_dict(
+            str(checkpoint), str(target), dtype, MAX_SHARD_BYTES, safe_serialization=True, tag=step.name
+        )
+
+
+def _step_folder(checkpoint: Path) -> Path:
+    found = sorted(checkpoint.glob("global_step*"))
+    if not found:
+        raise UserError(f"{checkpoint}: expected DeepSpeed's states (global_step...), found none.")
+    return found[-1]
