@@ -1,4 +1,4 @@
-"""The two hubs a model can come from, behind one shape: list a revision's files, fetch some of them.
+"""The two hubs a model or a data set can come from, behind one shape: list a revision's files, fetch some of them.
 
 modelscope is read through its own snapshot_download (four files at a time, resumed by Range, sha256 checked), Hugging
 Face through huggingface_hub's. MODELSCOPE_ENDPOINT and HF_ENDPOINT name a mirror, MODELSCOPE_API_TOKEN and HF_TOKEN a
@@ -33,6 +33,9 @@ class ModelScope:
     name = "modelscope"
     token_key, endpoint_key, other = "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT", "huggingface"
 
+    def __init__(self, repo_type: str = "model") -> None:
+        self.repo_type = repo_type  # or dataset
+
     @property
     def endpoint(self) -> str:
         return os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
@@ -41,14 +44,14 @@ class ModelScope:
         """The files of a revision."""
         from modelscope_hub import HubApi
 
-        files = HubApi(endpoint=self.endpoint).list_repo_files(model_id, "model", revision=revision)
+        files = HubApi(endpoint=self.endpoint).list_repo_files(model_id, self.repo_type, revision=revision)
         return [RemoteFile(file.path, file.size, file.sha256) for file in files if not file.is_dir]
 
     def revisions(self, model_id: str) -> list[str]:
         """Names of branches and tags."""
         from modelscope_hub import HubApi
 
-        found = HubApi(endpoint=self.endpoint).list_repo_revisions(model_id, "model")
+        found = HubApi(endpoint=self.endpoint).list_repo_revisions(model_id, self.repo_type)
         return [name for entry in found if (name := entry.get("Revision") or entry.get("revision"))]
 
     def fetch(self, model_id: str, revision: str, paths: list[str], folder: Path) -> None:
@@ -56,7 +59,12 @@ class ModelScope:
         from modelscope.hub.snapshot_download import snapshot_download
 
         snapshot_download(
-            model_id, revision=revision, local_dir=str(folder), allow_patterns=paths, endpoint=self.endpoint
+            model_id,
+            repo_type=self.repo_type,
+            revision=revision,
+            local_dir=str(folder),
+            allow_patterns=paths,
+            endpoint=self.endpoint,
         )
 
 
@@ -70,7 +78,8 @@ class HuggingFace:
     def endpoint(self) -> str:
         return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
-    def __init__(self) -> None:
+    def __init__(self, repo_type: str = "model") -> None:
+        self.repo_type = repo_type  # or dataset
         if os.environ.get("HF_TOKEN") == "":
             del os.environ["HF_TOKEN"]
         if os.environ.get("HF_ENDPOINT"):
@@ -81,7 +90,9 @@ class HuggingFace:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
-        entries = HfApi(self.endpoint).list_repo_tree(model_id, recursive=True, revision=revision)
+        entries = HfApi(self.endpoint).list_repo_tree(
+            model_id, recursive=True, revision=revision, repo_type=self.repo_type
+        )
         return [
             RemoteFile(f.path, f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id)
             for f in entries
@@ -92,14 +103,21 @@ class HuggingFace:
         """Names of branches and tags."""
         from huggingface_hub import HfApi
 
-        refs = HfApi(self.endpoint).list_repo_refs(model_id)
+        refs = HfApi(self.endpoint).list_repo_refs(model_id, repo_type=self.repo_type)
         return [ref.name for ref in [*refs.branches, *refs.tags]]
 
     def fetch(self, model_id: str, revision: str, paths: list[str], folder: Path) -> None:
         """Download the files into folder, going on where an earlier call stopped."""
         from huggingface_hub import snapshot_download
 
-        snapshot_download(model_id, revision=revision, local_dir=folder, allow_patterns=paths, endpoint=self.endpoint)
+        snapshot_download(
+            model_id,
+            repo_type=self.repo_type,
+            revision=revision,
+            local_dir=folder,
+            allow_patterns=paths,
+            endpoint=self.endpoint,
+        )
 
 
 HUBS = {hub.name: hub for hub in (ModelScope, HuggingFace)}
@@ -130,8 +148,8 @@ def explain(hub: Hub, model_id: str, revision: str, error: BaseException) -> str
         return f"cannot write {error.filename}. Set BASE_MODEL_DIR to a folder you may write."
     if status in (401, 403):
         return (
-            f"{hub.endpoint} refuses {model_id} (HTTP {status}): there is no such model, or it wants a token. "
-            f"Check the model id, or set {hub.token_key}."
+            f"{hub.endpoint} refuses {model_id} (HTTP {status}): there is no such {hub.repo_type}, or it wants a "
+            f"token. Check the {hub.repo_type} id, or set {hub.token_key}."
         )
     if status in (400, 404):
         return missing(hub, model_id, revision)
@@ -175,5 +193,6 @@ def missing(hub: Hub, model_id: str, revision: str) -> str:
     except Exception:
         found = []
     if not found:
-        return f"{hub.endpoint} has no model {model_id}. Check the model id, or set SOURCE={hub.other}."
+        kind = hub.repo_type
+        return f"{hub.endpoint} has no {kind} {model_id}. Check the {kind} id, or set SOURCE={hub.other}."
     return f"{model_id} has no revision {revision} on {hub.endpoint}: it has {', '.join(found[:12])}."

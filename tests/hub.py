@@ -197,4 +197,10 @@ ROUTES = [
     (rf"/api/models/{MODEL}/tree/([^/]+)", Handler.hf_tree),
     (rf"/api/models/{MODEL}/refs", Handler.hf_refs),
     (rf"/{MODEL}/resolve/([^/]+)/([^/]+)", Handler.hf_content),
+    (rf"/api/v1/datasets/{MODEL}/repo/tree", Handler.modelscope_files),
+    (rf"/api/v1/datasets/{MODEL}/repo", Handler.modelscope_content),
+    (rf"/api/datasets/{MODEL}/revision/([^/]+)", Handler.hf_info),
+    (rf"/api/datasets/{MODEL}/tree/([^/]+)", Handler.hf_tree),
+    (rf"/api/datasets/{MODEL}/refs", Handler.hf_refs),
+    (rf"/datasets/{MODEL}/resolve/([^/]+)/([^/]+)", Handler.hf_content),
 ]

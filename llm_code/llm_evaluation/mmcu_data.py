@@ -46,7 +46,8 @@ class Question:
 def find_data_dir(folder: str | Path) -> Path:
     """The folder that has test/ with workbooks: this one, or one below it. Raises UserError when there is none."""
     folder = Path(folder)
-    places = [folder, *sorted(path.parent for path in folder.rglob("test") if path.is_dir())]
+    below = sorted(path.parent for path in folder.rglob("test") if path.is_dir())
+    places = [folder, *(path for path in below if not any(part[0] == "." for part in path.relative_to(folder).parts))]
     for place in places:
         if workbooks(place / "test"):
             return place
