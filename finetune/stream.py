@@ -13,14 +13,14 @@ UNFINISHED = "\ufffd"  # what a tokenizer decodes half a character to
 class TextAssembler:
     """Turns token ids into text as they come, holding back bytes of a character that is not complete yet."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
+        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
         self.ids: list[int] = []
         self.context_start = 0  # decoding starts a little earlier: some tokenizers drop a leading space
         self.read = 0  # ids[:read] have been given out
 
     def _decode(self, end: int | None = None) -> str:
-        return self.tokenizer.decode(self.ids[self.context_start : end], skip_special_tokens=True)
+        return self.tokenizer.decode(self.ids[self.context_start : end], skip_special_tokens=self.skip_special_tokens)
 
     def add(self, token_id: int) -> str:
         """The text that became certain with this token, often empty."""

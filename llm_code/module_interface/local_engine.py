@@ -1,0 +1,171 @@
+"""The local engine: continuous batching in this process, on the CPU or one GPU, over a loaded transformers model."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finetune.conversation import encode_prompt
+from finetune.errors import UserError
+from finetune.generate import causal_model, stop_token_ids
+from llm_code.module_interface.cache import BLOCK, KeyValuePool, bytes_per_token, round_up
+from llm_code.module_interface.checks import check_request
+from llm_code.module_interface.decoder import Decoder
+from llm_code.module_interface.interface import (
+    Completion,
+    EngineDead,
+    EngineLimits,
+    EngineStats,
+    Event,
+    Message,
+    QueueFull,
+    SamplingParams,
+    messages_of,
+)
+from llm_code.module_interface.operations import Operations
+from llm_code.module_interface.requests import LiveRequest
+from llm_code.module_interface.runner import Runner
+from llm_code.module_interface.scheduler import PrefillBudget, Scheduler
+from llm_code.module_interface.sequence import Sequence as Running
+from llm_code.module_interface.slots import Slots
+from llm_code.module_interface.tokens import TokenTexts
+from llm_code.module_interface.worker import Worker
+
+STALLED_SECONDS = 60.0  # without a step while there is work: the engine counts as not alive
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """How much the local engine takes on; None means what the device suggests."""
+
+    max_batch: int | None = None  # 8 on a CPU, 64 on a GPU
+    max_queue: int = 64
+    context: int | None = None  # tokens; the model's own limit
+    cache_bytes: int | None = None  # memory for keys and values
+    queue_timeout: float | None = None  # seconds
+    prefill_tokens: int | None = None  # prompt tokens of one step while others are answering
+    lookahead: bool | None = None  # start a step before the tokens of the last are read; on a GPU
+
+
+class LocalEngine:
+    """Implements interface.Engine. `on_death` is called once, in the engine's thread, when that ends with an error."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        model_name: str = "local",
+        options: LocalOptions = LocalOptions(),
+        on_death: Callable[[EngineDead], None] = lambda error: None,
+    ) -> None:
+        self.model_name, self.tokenizer, self.texts = model_name, tokenizer, TokenTexts(tokenizer)
+        lm = causal_model(model)
+        context = min(options.context or lm.config.max_position_embeddings, lm.config.max_position_embeddings)
+        decoder = Decoder(model, context)
+        on_gpu = decoder.device.type == "cuda"
+        max_batch = options.max_batch or (64 if on_gpu else 8)
+        pool = make_pool(decoder, len(decoder.layers), max_batch, context, options.cache_bytes)
+        context = min(context, pool.scratch)
+        slots = Slots(max_batch, decoder.vocabulary, pool.scratch, decoder.device)
+        shared = options.prefill_tokens or (1024 if on_gpu else 64)
+        budget = PrefillBudget(shared, options.prefill_tokens or 4 * shared)
+        scheduler = Scheduler(pool, slots, budget, options.queue_timeout)
+        end_ids = stop_token_ids(model, tokenizer)
+        runner = make_runner(decoder, pool, slots, end_ids, max_batch)
+        lookahead = on_gpu if options.lookahead is None else options.lookahead
+        self.limits = EngineLimits(
+            context, decoder.vocabulary, max_batch, options.max_queue, queue_timeout=options.queue_timeout
+        )
+        self.defaults = recommended_params(lm.generation_config)
+        self._worker = Worker(scheduler, runner, frozenset(end_ids), lookahead, on_death, self.texts.pieces)
+
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, on_event: Callable[[Event], None] | None = None
+    ) -> LiveRequest:
+        """See interface.Engine."""
+        max_tokens = check_request(prompt_ids, params, self.limits)
+        request = LiveRequest(on_event)
+        sequence = Running(prompt_ids, params, max_tokens, request, self.tokenizer)
+        sequence.seed = random.getrandbits(63) if params.seed is None else params.seed
+        request.on_cancel = lambda: self._worker.cancel(sequence)
+        limit = self.limits.max_batch + self.limits.max_queue
+        if not self._worker.submit(sequence, limit):
+            raise QueueFull(f"{limit} requests run or wait already; try again later.")
+        return request
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """See interface.Engine."""
+        return encode_prompt(self.tokenizer, [dict(message) for message in messages])
+
+    def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of plain text, control tokens in it as text."""
+        return self.tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
+
+    def token_text(self, token_id: int) -> str:
+        """See interface.Engine."""
+        return self.texts.text(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See interface.Engine."""
+        return self.texts.bytes(token_id)
+
+    def generate(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
+        """The whole answer to a conversation."""
+        return self.submit(self.encode_chat(messages), params or self.defaults).result()
+
+    def stream(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Event]:
+        """See interface.Engine."""
+        request = self.submit(self.encode_chat(messages), params or self.defaults)
+        try:
+            yield from request
+        finally:
+            request.cancel()
+
+    def predict(self, query: str, history: Sequence[tuple[str, str]] = ()) -> str:
+        """The answer to one question after earlier (question, answer) pairs."""
+        return self.generate(messages_of(query, history)).text
+
+    def stats(self) -> EngineStats:
+        """See interface.Engine."""
+        return self._worker.stats(STALLED_SECONDS)
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """See interface.Engine."""
+        self._worker.stop(drain_seconds)
+
+
+def recommended_params(config: Any) -> SamplingParams:
+    """What the checkpoint's generation config recommends; greedy where it does not sample."""
+    if not config.do_sample:
+        return SamplingParams(temperature=0.0, repetition_penalty=config.repetition_penalty or 1.0)
+    return SamplingParams(
+        temperature=1.0 if config.temperature is None else config.temperature,
+        top_p=config.top_p or 1.0,
+        top_k=config.top_k or 0,
+        repetition_penalty=config.repetition_penalty or 1.0,
+    )
+
+
+def make_pool(decoder: Decoder, num_layers: int, max_batch: int, context: int, cache_bytes: int | None) -> KeyValuePool:
+    """Keys and values within the memory budget, but no more than max_batch whole contexts. Raises UserError if tiny."""
+    one = bytes_per_token(num_layers, decoder.num_kv_heads, decoder.head_size, decoder.dtype)
+    budget = default_cache_bytes(decoder.device) if cache_bytes is None else cache_bytes
+    tokens = min(budget // one // BLOCK * BLOCK, max_batch * round_up(context))
+    if tokens < BLOCK:
+        raise UserError(f"the cache needs at least {BLOCK * one} bytes for {BLOCK} tokens, its budget is {budget}.")
+    return KeyValuePool(num_layers, tokens, decoder.num_kv_heads, decoder.head_size, decoder.dtype, decoder.device)
+
+
+def default_cache_bytes(device: torch.device) -> int:
+    """On a GPU what is free now but for a tenth of the card; on a CPU at most 2 GiB."""
+    if device.type != "cuda":
+        return 2 << 30
+    free, total = torch.cuda.mem_get_info(device)
+    return max(free - total // 10, 0)
+
+
+def make_runner(decoder: Decoder, pool: KeyValuePool, slots: Slots, end_ids: Sequence[int], max_batch: int) -> Runner:
+    """The plain runner on a CPU, the one with captured graphs on a GPU."""
+    return Runner(decoder, Operations(), pool, slots, end_ids)
