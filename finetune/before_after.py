@@ -1,0 +1,93 @@
+"""One page about a fine-tuned model: training, scores before and after, samples, contamination, environment.
+
+    python -m finetune.before_after --title NAME --train_dir OUTPUT_DIR --train_file TRAIN.jsonl --output_dir DIR \\
+        --score "text matching" BASE.jsonl TUNED.jsonl [--score MMCU BASE/answers.jsonl TUNED/answers.jsonl ...]
+
+Reads what training left in OUTPUT_DIR (train_report.json, loss.png) and the records of evaluations. Writes
+DIR/report.md and DIR/report.html, which says the same in one file. `make qwen-report` and `make baichuan-report` run
+it. A score whose files are missing is named on the page; a page without any score is refused.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError, run_main
+from finetune.page import Block, Heading, html_page, markdown
+from finetune.paired_scores import Score, check_same_rows, read_records
+from finetune.report_blocks import (
+    contamination_blocks,
+    environment_blocks,
+    sample_blocks,
+    score_blocks,
+    training_blocks,
+)
+from finetune.text_files import write_aside
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--title", required=True, help="name of the model on the page")
+    parser.add_argument("--train_dir", required=True, type=Path, help="output folder of the training")
+    parser.add_argument("--train_file", required=True, type=Path, help="rows it was trained on")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder of the page")
+    parser.add_argument(
+        "--score",
+        nargs=3,
+        action="append",
+        required=True,
+        metavar=("NAME", "BEFORE", "AFTER"),
+        help="records of a test before and after; may be given several times",
+    )
+    return parser.parse_args()
+
+
+def read_scores(named: Sequence[Sequence[str]]) -> tuple[list[Score], list[str]]:
+    """The tests with both files, and a remark for each without. Raises UserError when none is left, or rows differ."""
+    scores, remarks = [], []
+    for name, *paths in named:
+        missing = [path for path in paths if not Path(path).exists()]
+        if missing:
+            remarks.append(f"{name} is left out: {' and '.join(missing)} missing.")
+            continue
+        before, after = (read_records(Path(path)) for path in paths)
+        check_same_rows(before, after, name)
+        scores.append(Score(name, before, after))
+    if not scores:
+        raise UserError("expected at least one test evaluated before and after, but " + " ".join(remarks))
+    return scores, remarks
+
+
+def read_training(train_dir: Path) -> dict[str, Any]:
+    """What training wrote about itself. Raises UserError when it did not."""
+    path = train_dir / "train_report.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected the report that training writes, but {error}. Train first.") from None
+
+
+def main() -> None:
+    """Write the page."""
+    args = parse_args()
+    report, (scores, remarks) = read_training(args.train_dir), read_scores(args.score)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    blocks: list[Block] = [Heading(f"{args.title}: before and after fine-tuning", 1)]
+    blocks += score_blocks(scores, remarks, args.output_dir)
+    blocks += training_blocks(report, args.train_dir, args.output_dir)
+    blocks += sample_blocks(scores)
+    blocks += contamination_blocks(scores, args.train_file)
+    blocks += environment_blocks(report)
+    write_aside(args.output_dir / "report.md", markdown(blocks, args.output_dir))
+    write_aside(args.output_dir / "report.html", html_page(blocks))
+    for remark in remarks:
+        print(remark, file=sys.stderr)
+    print(f"written: {args.output_dir / 'report.md'} {args.output_dir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

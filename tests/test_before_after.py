@@ -1,0 +1,162 @@
+"""The page before and after fine-tuning: its parts by hand, then the real program over two results."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from finetune import before_after, report
+from finetune.contamination import overlap
+from finetune.errors import UserError
+from finetune.page import Heading, Picture, Table, Text, html_page, markdown
+from finetune.paired_scores import by_domain, check_same_rows, difference, read_records, samples, verdict
+from finetune.rows import Row, Turn
+
+
+def graded(results, domain=None):
+    """Records with these results, true or false or a BLEU."""
+    key = "correct" if isinstance(results[0], bool) else "bleu"
+    extra = {"domain": domain} if domain else {}
+    return [
+        {"row": i, "prompt": f"第{i}问", "gold": "对", "predicted": f"答{score}", key: score} | extra
+        for i, score in enumerate(results)
+    ]
+
+
+def test_differences_by_hand():
+    before, after = graded([False] * 9 + [True]), graded([True] * 9 + [False])
+    found = difference("test", before, after)
+    assert (found.before, found.after, found.change) == pytest.approx((0.1, 0.9, 0.8))
+    assert found.p == pytest.approx(2 * (1 + 10) / 1024) and verdict(found) == "better"
+    assert verdict(difference("test", after, before)) == "worse"
+    noise = difference("test", graded([True, False] * 5), graded([False, True] * 4 + [True, True]))
+    assert noise.change == pytest.approx(0.1) and verdict(noise) == "no difference beyond chance"
+    same = difference("test", before, before)
+    assert same.p == 1 and verdict(same) == "no difference beyond chance"
+    scores = [i / 100 for i in range(30)]
+    gain = difference("bleu", graded(scores), graded([score + 0.01 for score in scores]))
+    assert gain.change == pytest.approx(0.01) and gain.test == "paired bootstrap" and verdict(gain) == "better"
+
+
+def test_domains_are_adjusted_for_their_number():
+    before = graded([False] * 6, "法律") + graded([False] * 6, "心理")
+    after = graded([True] * 6, "法律") + graded([False] * 6, "心理")
+    law, mind = by_domain("MMCU", before, after)
+    assert (law.name, law.p) == ("MMCU, 法律", pytest.approx(2 * 2 / 64)) and mind.p == 1
+    assert by_domain("other", graded([True]), graded([True])) == []
+
+
+def test_records_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match="same questions before and after, found 2 and 3"):
+        check_same_rows(graded([True] * 2), graded([True] * 3), "test")
+    for text in ("", "{}\n", "nothing\n"):
+        (tmp_path / "records.jsonl").write_text(text)
+        with pytest.raises(UserError, match=r"records.jsonl: expected the records"):
+            read_records(tmp_path / "records.jsonl")
+    pairs = samples(graded([True] * 50), graded([False] * 50), 8)
+    rows = [first["row"] for first, _ in pairs]
+    assert len(set(rows)) == 8 and rows == sorted(rows) and rows != list(range(8))
+
+
+def conversation(line, human, assistant):
+    return Row(line, (Turn(human, assistant),))
+
+
+def test_contamination_by_hand():
+    template = "请判断下面两句话的意思是否相同："
+    train = [conversation(i, f"{template}{i}甲乙丙", "不相同") for i in range(1, 13)]
+    train += [conversation(20, "今天晚上失眠到三点怎么办才好呢", "先起来走一走再回到床上去吧")]
+    questions = [
+        "今天晚上 失眠到三点怎么办才好呢",  # the same but for a space
+        "我今天晚上失眠到三点怎么办才好呢我",  # holds 13 of its characters
+        "ＡＢＣ" + template,  # the template alone
+        "别的问题",
+        "又一个问题",
+    ]
+    answers = ["休息", "休息", "相同", "好的，先起来走一走再回到床上去吧", "先起来走一走再回到床上去"]  # 12 characters
+    found = overlap(train, questions, answers)
+    assert (found.total, found.exact, found.shared) == (5, (0,), (0, 1, 3))
+    assert [(i, line) for i, line, _ in found.examples] == [(0, 20), (1, 20), (3, 20)]
+    assert found.examples[1][2] == "今天晚上失眠到三点怎么办才"
+
+
+def test_a_page_in_both_forms(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG data")
+    blocks = [Heading("标题 <1>", 1), Text("a & b"), Table(["x", "y"], [["1|2", "<b>\n3"]])]
+    blocks.append(Picture(tmp_path / "a.png", "curve"))
+    text = markdown(blocks, tmp_path / "pages")
+    assert text == ("# 标题 <1>\n\na & b\n\n| x | y |\n| --- | ---: |\n| 1\\|2 | <b><br>3 |\n\n![curve](../a.png)\n")
+    page = html_page(blocks)
+    assert "<h1>标题 &lt;1&gt;</h1>" in page and "<p>a &amp; b</p>" in page and "<td>&lt;b&gt;\n3</td>" in page
+    assert 'src="data:image/png;base64,iVBORyBkYXRh"' in page
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """What a finished training leaves in its output folder, and the file it was trained on."""
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    history = [{"step": step, "loss": 2 / step, "learning_rate": 1e-4} for step in (1, 2, 3)]
+    report.draw_losses(history, folder / "loss.png", "trained")
+    numbers = {"updates": 3, "updates_planned": 3, "seconds": 3725.4, "tokens": 5000, "supervised_tokens": 700}
+    numbers |= {"tokens_per_second": 1.3, "cost": 2.92, "devices": "1 x cpu", "history": history}
+    about = {"method": "qlora", "status": "finished", "identity": {"base_model": "abc"}, "config_file": "c.json"}
+    about |= {"git_commit": report.git_commit(), "versions": report.versions()}
+    (folder / "train_report.json").write_text(json.dumps(numbers | about))
+    train_file = tmp_path / "train.jsonl"
+    row = {"conversation": [{"human": "第0问", "assistant": "对"}]}
+    train_file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    return folder, train_file
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, trained, tmp_path):
+    def run(*scores):
+        words = [
+            "--title",
+            "Tiny",
+            "--train_dir",
+            trained[0],
+            "--train_file",
+            trained[1],
+            "--output_dir",
+            tmp_path / "page",
+        ]
+        words += [word for score in scores for word in ("--score", *score)]
+        monkeypatch.setattr(sys, "argv", ["before_after", *map(str, words)])
+        before_after.main()
+        return capsys.readouterr()
+
+    return run
+
+
+def test_the_page_of_a_model(run, tmp_path):
+    task = [write(tmp_path / "a.jsonl", graded([False] * 9 + [True])), write(tmp_path / "b.jsonl", graded([True] * 10))]
+    mmcu = [
+        write(tmp_path / f"mmcu_{name}.jsonl", graded([True] * right + [False] * 4, "法律") + graded([True], "心理"))
+        for name, right in (("a", 5), ("b", 5))
+    ]
+    missing = tmp_path / "missing.jsonl"
+    done = run(["task", *task], ["MMCU", *mmcu], ["BLEU", missing, task[0]])
+    assert f"BLEU is left out: {missing} missing." in done.err
+    page = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
+    # 9 against 0 discordant rows: 2/512, times two tests on the page
+    assert "| task | 10 | 10.0 % |" in page and "0.00781 (McNemar) | better |" in page
+    assert "| MMCU | 10 | 60.0 % |" in page and "1 (McNemar) | no difference beyond chance |" in page
+    assert "| MMCU, 法律 | 9 |" in page and f"BLEU is left out: {missing}" in page
+    assert "| time | 1:02:05 |" in page and "| cost | 2.92 |" in page and "![training curve](loss.png)" in page
+    assert "| task | 10 | 1 | 0 |" in page, "the first question stands in the training file"
+    html = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall('src="data:image/png;base64,', html)) == 2 and 'src="' not in html.replace('src="data:', "")
+    assert "better" in html and "第0问" in html
+
+
+def test_a_page_without_scores_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="at least one test evaluated before and after, but task is left out"):
+        run(["task", tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
