@@ -124,6 +124,16 @@ qwen-merge: ## [note 23] merge the adapter into a 16-bit model
 qwen-chat: ## talk to the model in the terminal
 	@$(call step,qwen_env) python -m finetune.chat $(qwen_model) $(ARGS)
 
+##@ Project 2, llm_code: all parameters of Baichuan2-7B-Chat on two or more 80 GB cards
+.PHONY: baichuan-serve
+baichuan-serve: ## [12] serve the model on 127.0.0.1: OpenAI's protocol at /v1, and /internal/ask
+	@$(call need,ENVS_DIR LLM_MODULE_MODEL_PATH)bash llm_code/service/server.sh $(ARGS)
+
+.PHONY: baichuan-client
+baichuan-client: ## [13] ask the service (QUESTION=..., or FILE=questions.txt, or a conversation)
+	@$(call step,llm_env) python -m llm_code.service.client --url "http://127.0.0.1:$${BAICHUAN_PORT:-10820}" \
+	  $(if $(QUESTION),--question "$$QUESTION") $(if $(FILE),--file "$$FILE") $(ARGS)
+
 ##
 ## [n] is the step of the walkthrough. BG=1 detaches any step (it survives the SSH session, log in logs/<step>.log),
 ## DRY_RUN=1 prints its command and does nothing. A setting is overridden by make <step> KEY=value.

@@ -17,11 +17,11 @@ from tests.conftest import NOT_COPIED, REPOSITORY
 
 ROOMS = {"scripts": set(), "finetune": {"finetune"}, "qwen_qlora": {"finetune"}, "llm_code": {"finetune"}}
 # Words for one run, not settings of the machine: make qwen-train BG=1.
-ARGUMENTS = set("ARGS BG DRY_RUN FOLLOW GPU GPUS NET STEP TIMEOUT".split())
+ARGUMENTS = set("ARGS BG DRY_RUN FILE FOLLOW GPU GPUS NET QUESTION STEP TIMEOUT".split())
 # What make and bash define, and what other programs read.
 NOT_OURS = set(
     "SHELL MAKEFLAGS MAKECMDGOALS MAKEFILE_LIST SETTINGS WITHOUT_SETTINGS BASH_SOURCE PATH CI DEBIAN_FRONTEND "
-    "UV_DEFAULT_INDEX RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT DS_ACCELERATOR "
+    "UV_DEFAULT_INDEX VLLM_API_KEY RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT DS_ACCELERATOR "
     "PYTORCH_ALLOC_CONF OMP_NUM_THREADS OMP_WAIT_POLICY HF_HUB_DISABLE_XET".split()
 )
 # Settings that libraries read from the environment by themselves.

@@ -56,8 +56,8 @@ class Lifecycle:
         """Close what is still open."""
         if self._watch is not None:
             self._watch.cancel()
-        if self.serving is not None:
-            await asyncio.to_thread(self.serving.engine.close)
+        if self.serving is not None and self.state != FAILED:  # a lost engine's thread may never answer
+            await asyncio.to_thread(self.serving.close)
 
     def fail(self, error: BaseException | None = None) -> None:
         """The engine is lost. Harmless when that is known."""

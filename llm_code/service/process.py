@@ -45,8 +45,8 @@ def serve(load_engine: Callable[[], Engine], settings: ServiceSettings) -> int:
     server.run(sockets=[listener])
     status = server.status
     loader = server.lifecycle.loader
-    if loader is not None and loader.is_alive():
-        leave(status)  # nothing can interrupt a library that is loading
+    if status or (loader is not None and loader.is_alive()):
+        leave(status)  # nothing can interrupt a thread that is loading a model, or is stuck
     return status
 
 
@@ -136,7 +136,11 @@ class ServiceServer(uvicorn.Server):
         self._drain_task = self._loop.create_task(self._drain())
 
     async def _drain(self) -> None:
-        await self.lifecycle.drain()
+        drain = asyncio.ensure_future(self.lifecycle.drain())
+        await asyncio.wait([drain], timeout=self.settings.drain_seconds + CLOSING_SECONDS)
+        if not drain.done():
+            log.error("the engine did not end in time")
+            leave(1)
         self.should_exit = True
 
     def _engine_lost(self, error: BaseException | None) -> None:

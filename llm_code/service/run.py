@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,7 @@ class Host(Protocol):
     metrics: Metrics
     admission: Admission
     open_answers: set[Answers]
+    encoder: Executor
 
 
 class Run:
@@ -89,7 +91,7 @@ class Run:
         self.host.admission.take(self.key, count)
         release = partial(self.host.admission.release, self.key)
         try:
-            jobs = await asyncio.to_thread(self._jobs)
+            jobs = await asyncio.get_running_loop().run_in_executor(self.host.encoder, self._jobs)
         except BaseException:
             release(count)
             raise

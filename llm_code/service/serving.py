@@ -1,6 +1,7 @@
 """What the service does, without HTTP: requests in, runs and replies out."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from llm_code.module_interface.interface import Engine
 from llm_code.service.admission import Admission
@@ -28,6 +29,7 @@ class Serving:
             per_key = max(1, limits.max_batch // 2)
         self.admission = Admission(limits.max_batch + limits.max_queue, per_key, metrics)
         self.open_answers: set[Answers] = set()
+        self.encoder = ThreadPoolExecutor(1, "encode")  # tokenizers have settings that a second thread would change
 
     def chat(self, request: ChatCompletionRequest, key: str) -> ChatRun:
         """A chat completion, not started. Raises ApiError for an unknown model or what this engine cannot do."""
@@ -67,6 +69,11 @@ class Serving:
         """End every answer that is being read; an engine that is lost sends no events any more."""
         for answers in self.open_answers:
             answers.fail(error)
+
+    def close(self) -> None:
+        """End what still runs and free everything."""
+        self.encoder.shutdown(wait=False, cancel_futures=True)
+        self.engine.close()
 
     def _names(self) -> tuple[str, ...]:
         return (self.engine.model_name, *self.settings.model_aliases)

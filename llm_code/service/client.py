@@ -1,0 +1,163 @@
+"""Ask the service: one question, a file of questions, or a conversation.
+
+python -m llm_code.service.client --question 最近总是睡不着怎么办
+python -m llm_code.service.client --file questions.txt --output answers.jsonl     # one a line, or JSON lines
+python -m llm_code.service.client                                                 # a conversation, line by line
+
+A file's lines are questions, or objects with `query` or `messages`. The answers are written as JSON lines in the same
+order, with `error` in place of `answer` where there was none (the exit status is then 1). API_KEY is the key.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from finetune.errors import UserError, run_main
+
+if TYPE_CHECKING:
+    from llm_code.service.client_api import Client
+
+Messages = list[dict[str, str]]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:10820", help="the service (default: %(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--question", help="ask this and print the answer")
+    what.add_argument("--file", type=Path, help="ask every line of this file")
+    parser.add_argument("--output", type=Path, help="where the answers to --file go (default: stdout)")
+    parser.add_argument("--concurrency", type=int, default=8, help="questions of --file under way at a time (8)")
+    parser.add_argument("--system", help="what the model is told before everything else")
+    parser.add_argument("--max_tokens", type=int, help="limit of an answer (default: the service's)")
+    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds to retry a busy service (120)")
+    return parser.parse_args()
+
+
+def read_questions(path: Path, system: str | None) -> list[Messages]:
+    """Conversations to answer, one for every line that is not empty. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path}: expected a file of questions, found none.")
+    conversations = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        messages = [{"role": "user", "content": line.strip()}]
+        if line.lstrip().startswith("{"):
+            messages = _messages_of(line, f"{path}:{number}")
+        conversations.append(_with_system(messages, system))
+    if not conversations:
+        raise UserError(f"{path}: expected one question a line, found none.")
+    return conversations
+
+
+def _messages_of(line: str, place: str) -> Messages:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: expected a JSON object: {error}") from None
+    if isinstance(row.get("messages"), list):
+        return row["messages"]
+    if not isinstance(row.get("query"), str):
+        raise UserError(f"{place}: expected `query` or `messages` in the object.")
+    return [{"role": "user", "content": row["query"]}]
+
+
+def _with_system(messages: Messages, system: str | None) -> Messages:
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+async def print_answer(client: "Client", messages: Messages) -> str:
+    """Stream an answer to stdout; returns it."""
+    pieces = []
+    async with aclosing(client.stream(messages)) as stream:
+        async for piece in stream:
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    print()
+    return "".join(pieces)
+
+
+async def answer_all(client: "Client", conversations: Sequence[Messages], concurrency: int, output: TextIO) -> int:
+    """Write every answer in the order of the questions, as soon as those before are there; returns how many failed."""
+    from tqdm import tqdm
+
+    places = asyncio.Semaphore(max(1, concurrency))
+    bar = tqdm(total=len(conversations), unit="question", file=sys.stderr, disable=None)
+
+    async def one(messages: Messages) -> dict[str, Any]:
+        async with places:
+            row: dict[str, Any] = {"query": messages[-1]["content"]}
+            try:
+                row["answer"] = await client.answer(messages)
+            except UserError as error:
+                row["error"] = str(error)
+            bar.update()
+            return row
+
+    failed = 0
+    tasks = [asyncio.ensure_future(one(messages)) for messages in conversations]
+    for task in tasks:
+        row = await task
+        failed += "error" in row
+        print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
+    bar.close()
+    return failed
+
+
+async def converse(client: "Client", system: str | None) -> None:
+    """Read a question a line from stdin and answer it in the light of those before; a failed turn is forgotten."""
+    messages: Messages = _with_system([], system)
+    shown = sys.stdin.isatty()
+    while True:
+        if shown:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = await asyncio.to_thread(sys.stdin.readline)
+        if not line:
+            return
+        if not line.strip():
+            continue
+        question = {"role": "user", "content": line.strip()}
+        try:
+            answer = await print_answer(client, [*messages, question])
+        except UserError as error:
+            if not shown:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        messages += [question, {"role": "assistant", "content": answer}]
+
+
+async def run(args: argparse.Namespace) -> int:
+    from llm_code.service.client_api import Client
+
+    given = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+    options = {name: value for name, value in given.items() if value is not None}
+    key = os.environ.get("API_KEY", "").split(",")[0] or None
+    conversations = read_questions(args.file, args.system) if args.file else []
+    async with Client(args.url.rstrip("/").removesuffix("/v1"), key, options, args.patience) as client:
+        if args.question is not None:
+            await print_answer(client, _with_system([{"role": "user", "content": args.question}], args.system))
+        elif not args.file:
+            await converse(client, args.system)
+        elif args.output:
+            with args.output.open("w", encoding="utf-8") as output:
+                return 1 if await answer_all(client, conversations, args.concurrency, output) else 0
+        else:
+            return 1 if await answer_all(client, conversations, args.concurrency, sys.stdout) else 0
+    return 0
+
+
+def main() -> int:
+    return asyncio.run(run(parse_args()))
+
+
+if __name__ == "__main__":
+    run_main(main)
