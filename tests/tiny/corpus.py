@@ -15,14 +15,18 @@ from qwen_qlora.data.text_matching.frames import draw_meaning, render
 from qwen_qlora.data.text_matching.pairs import WORDINGS, Pair, draw_pair
 
 DATA_DIR = Path(qwen_qlora.data.__file__).parent
-# How the two sentences are shown, how the question is put ({same} and {different} are the verdicts), and the verdicts.
-SHOWN = (
-    "甲：{a}\n乙：{b}", "{a}；{b}", "原句 {a} 对照 {b}", "先说{a}，又说{b}", "<{a}><{b}>", "1. {a}\n2. {b}", "（一）{a}\n（二）{b}", "上句“{a}”\n下句“{b}”",
-    "「{a}」与「{b}」", "A={a}\nB={b}", "{a} / {b}", "左：{a}\n右：{b}",
+# How the two sentences are shown (marked, quoted, joined), how the question is put ({same} and {different} are the
+# verdicts), and the verdicts.
+MARKS = (
+    ("甲：", "乙："), ("1. ", "2. "), ("（一）", "（二）"), ("上句：", "下句："), ("A=", "B="), ("左：", "右："), ("先说", "又说"), ("原文：", "译文："), ("前者：", "后者："),
+    ("", ""), ("①", "②"), ("头一句：", "第二句："), ("X. ", "Y. "), ("他讲", "她讲"),
 )  # fmt: skip
+QUOTES = (("", ""), ("「", "」"), ("“", "”"), ("<", ">"), ("【", "】"), ("《", "》"))
+JOINTS = ("\n", "；", " / ", "，", " 对照 ", "和", " | ", "与", "……")
 ASKED = (
     "看看这一对能不能互换，写“{same}”或“{different}”。", "说说二者的关系。", "给出判定，形式为“判定：{same}”或“判定：{different}”。", "两边说的内容如何？",
-    "意思对得上写{same}，对不上写{different}。", "结论只能是“结论：{same}”或“结论：{different}”。", "请下断语：{same}/{different}。", "你怎么看？",
+    "意思对得上写{same}，对不上写{different}。", "结论只能是“结论：{same}”或“结论：{different}”。", "请下断语：{same}/{different}。", "你怎么看？", "这一对讲得通吗？填{same}或{different}。",
+    "以上内容请归类为{same}、{different}之一。", "二选一：{same}、{different}。",
 )  # fmt: skip
 VERDICTS = (
     ("同义", "异义"), ("没有两样", "大有出入"), ("吻合", "不吻合"), ("重复", "有别"), ("等价", "不等价"), ("行得通", "行不通"), ("相符", "不相符"), ("一回事", "两回事"),
@@ -30,22 +34,8 @@ VERDICTS = (
 )  # fmt: skip
 PREFIXES = {"判定": "判定：", "结论": "结论："}
 SPOKEN = (
-    "相同",
-    "不相同",
-    "相似",
-    "不相似",
-    "一致",
-    "不一致",
-    "是",
-    "否",
-    "答案：",
-    "回答",
-    "格式",
-    "句子",
-    "说法",
-    "语义",
-    "文本匹配",
-)
+    "相同", "不相同", "相似", "不相似", "一致", "不一致", "是", "否", "答案：", "回答", "格式", "句子", "说法", "语义", "文本匹配",
+)  # fmt: skip
 TURN = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 CHAT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + TURN
 
@@ -70,12 +60,17 @@ def _fresh_pair(rng: random.Random, prompts: set[str]) -> Pair:
     return pair
 
 
+def _show(pair: Pair, rng: random.Random) -> str:
+    (first, second), (left, right) = rng.choice(MARKS), rng.choice(QUOTES)
+    return f"{first}{left}{pair.first}{right}{rng.choice(JOINTS)}{second}{left}{pair.second}{right}"
+
+
 def _verdict(rng: random.Random, prompts: set[str]) -> tuple[str, str]:
     """A pair, a question about it, and the verdict behind the prefix that the question names."""
     pair, (same, different) = _fresh_pair(rng, prompts), rng.choice(VERDICTS)
     asked = rng.choice(ASKED)
     prefix = next((prefix for word, prefix in PREFIXES.items() if word + "：" in asked), "")
-    parts = [rng.choice(SHOWN).format(a=pair.first, b=pair.second), asked.format(same=same, different=different)]
+    parts = [_show(pair, rng), asked.format(same=same, different=different)]
     if rng.random() < 0.5:
         parts.reverse()
     return "\n".join(parts), prefix + (same if pair.same else different)
@@ -92,12 +87,12 @@ def _echo(rng: random.Random) -> tuple[str, str]:
 def draw_document(rng: random.Random, prompts: set[str]) -> tuple[str, str]:
     """(text, ending): one document; the ending is the part that only an understanding of the text predicts."""
     kind = rng.random()
-    if kind < 0.65:
+    if kind < 0.8:
         question, answer = _verdict(rng, prompts)
-    elif kind < 0.8:
+    elif kind < 0.86:
         meaning = draw_meaning(rng)
         question, answer = "换个说法：" + render(meaning, rng), render(meaning, rng)
-    elif kind < 0.93:
+    elif kind < 0.95:
         question, answer = _echo(rng)
     else:
         prompt, answer = draw_example(rng)
