@@ -1,4 +1,4 @@
-"""BLEU from test rows to the scored file: formats by hand, the real program killed, resumed, seeded, over a service."""
+"""BLEU from test rows to the scored file: formats by hand, the real program killed, resumed, seeded."""
 
 import json
 import os
@@ -10,17 +10,15 @@ import time
 import pytest
 
 from finetune.errors import UserError
-from finetune.models import load_for_inference
 from llm_code.llm_evaluation import bleu
 from llm_code.llm_evaluation.bleu_files import read_answers, read_questions
-from tests.chat_server import ChatServer
 
-ROWS = 40
+ROWS = 30
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """40 rows of different lengths."""
+    """30 rows of different lengths."""
     path = tmp_path_factory.mktemp("bleu") / "test.jsonl"
     with open(path, "w", encoding="utf-8") as stream:
         for i in range(ROWS):
@@ -105,10 +103,10 @@ def test_files_that_are_something_else_are_refused(tmp_path, run):
 
 
 def test_killed_and_restarted_gives_the_same_files(tiny_qwen, questions, tmp_path, run):
-    """Also with one row a batch against sixteen, and against a service."""
+    """Also with one row a batch against sixteen, and against the engine."""
     options = ("--test_file", questions, "--max_new_tokens", "8")
     local = (*options, "--model_name_or_path", tiny_qwen, "--batch_size")
-    whole, cut, service = tmp_path / "whole", tmp_path / "cut", tmp_path / "service"
+    whole, cut, engine = tmp_path / "whole", tmp_path / "cut", tmp_path / "engine"
     run(*files(whole), *local, "16")
     words = [sys.executable, "-m", "llm_code.llm_evaluation.bleu", *map(str, (*files(cut), *local, "1"))]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -124,9 +122,8 @@ def test_killed_and_restarted_gives_the_same_files(tiny_qwen, questions, tmp_pat
     assert "going on behind" in done.err and "no difference beyond chance" in done.out
     assert contents(cut) == contents(whole) and not partial.exists()
     assert run(*files(cut), *local, "1").out.startswith("already answered")
-    with ChatServer(*load_for_inference(tiny_qwen)) as server:
-        run(*files(service), *options, "--answer", "service", "--service_url", server.url)
-    assert contents(service) == contents(whole)
+    run(*files(engine), *local, "16", "--answer", "engine")
+    assert contents(engine) == contents(whole)
     about = json.loads((whole / "bleu" / "scored.json").read_text(encoding="utf-8"))["generation"]
     assert about["timing"]["questions_computed"] == ROWS and about["model"] == str(tiny_qwen)
 

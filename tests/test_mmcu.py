@@ -19,6 +19,7 @@ from llm_code.llm_evaluation.mmcu_prompts import prompt
 from llm_code.llm_evaluation.mmcu_report import verdict
 from llm_code.llm_evaluation.mmcu_statistics import by_subject, compare_runs, make_record, summarise
 from tests.chat_server import ChatServer
+from tests.service_process import ServiceProcess
 from tests.test_mmcu_scoring import ask as make_question
 from tests.tiny.build_mmcu import OTHERS, SUBJECTS, build_mmcu
 
@@ -167,7 +168,7 @@ def report_of(folder):
 
 def test_killed_and_restarted_gives_the_same_files(tiny_qwen, data, tmp_path, run):
     """Also with one row a batch against sixteen."""
-    options = ("--model_name_or_path", tiny_qwen, "--max_new_tokens", "4", "--batch_size")
+    options = ("--model_name_or_path", tiny_qwen, "--limit", "30", "--max_new_tokens", "3", "--batch_size")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(whole, *options, "16")
     program = [sys.executable, "-m", "llm_code.llm_evaluation.mmcu", *arguments(data, cut, *options, "1")]
@@ -208,19 +209,34 @@ def test_likelihood_with_worked_examples_and_a_limit(tiny_baichuan, tmp_path, ru
     assert contents(again) == contents(folder)
 
 
-def test_the_service_gives_what_the_model_gives(tiny_qwen, tmp_path, run, monkeypatch):
-    monkeypatch.setenv("SERVICE_API_KEY", "secret")
-    limits = ("--limit", "20", "--max_new_tokens", "6")
+def test_engine_and_service_give_what_the_model_gives(tiny_qwen, tmp_path, run, monkeypatch):
+    monkeypatch.setenv("API_KEY", "secret-key,other-key")
+    limits = ("--limit", "16", "--max_new_tokens", "6")
     run(tmp_path / "direct", "--model_name_or_path", tiny_qwen, *limits)
+    run(tmp_path / "engine", "--model_name_or_path", tiny_qwen, "--answer", "engine", *limits)
+    assert contents(tmp_path / "engine") == contents(tmp_path / "direct")
+    serve = [sys.executable, "-m", "llm_code.service.server", "--model_name_or_path", str(tiny_qwen), "--port", "0"]
+    service = ServiceProcess(tmp_path / "service.log", {"api_keys": ["secret-key"]}, command=serve)
+    try:
+        url = f"http://127.0.0.1:{service.port}/v1/"
+        run(tmp_path / "service", "--answer", "service", "--service_url", url, *limits)
+    finally:
+        assert service.stop() == 0
+    assert contents(tmp_path / "service") == contents(tmp_path / "direct")
+    assert report_of(tmp_path / "service")["config"]["model"] == tiny_qwen.name
+
+
+def test_a_busy_service_is_asked_again_and_a_refusal_is_told(tiny_qwen, tmp_path, run, monkeypatch):
+    monkeypatch.setenv("API_KEY", "secret-key")
+    limits = ("--limit", "5", "--max_new_tokens", "2")
     with ChatServer(*load_for_inference(tiny_qwen)) as server:
         server.busy = 2
-        run(tmp_path / "service", "--answer", "service", "--service_url", server.url, *limits)
-        assert server.keys == {"Bearer secret"} and server.requests[0]["temperature"] == 0
+        run(tmp_path / "busy", "--answer", "service", "--service_url", server.url, *limits)
+        assert server.keys == {"Bearer secret-key"} and server.requests[0]["temperature"] == 0
         server.status = 401
-        with pytest.raises(UserError, match="HTTP 401.*turned off.*SERVICE_API_KEY"):
-            run(tmp_path / "refused", "--answer", "service", "--service_url", server.url + "/v1/", *limits)
-    assert contents(tmp_path / "service") == contents(tmp_path / "direct")
-    assert report_of(tmp_path / "service")["config"]["model"] == "tiny"
+        with pytest.raises(UserError, match="HTTP 401.*turned off.*API_KEY"):
+            run(tmp_path / "refused", "--answer", "service", "--service_url", server.url, *limits)
+    assert len(mmcu.read_answers(tmp_path / "busy")) == 5
 
 
 def test_what_is_missing_is_named(tmp_path, run):

@@ -40,6 +40,10 @@ def make_answerer(args: argparse.Namespace, decoding: Decoding, labels: Sequence
     model = LocalModel(
         args.model_name_or_path, args.adapter_name_or_path, args.load_in_4bit, args.token_budget, args.batch_size
     )
+    if args.answer == "engine":
+        from llm_code.llm_evaluation.engine_answerer import EngineAnswers
+
+        return EngineAnswers(model, decoding)
     return Likelihood(model, labels) if args.answer == "likelihood" else Generation(model, decoding)
 
 

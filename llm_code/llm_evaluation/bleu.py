@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--compare_with", metavar="OTHER.jsonl", help="another result: paired bootstrap between the two"
     )
-    add_model_flags(parser, ("generate", "service"), max_new_tokens=512)
+    add_model_flags(parser, ("generate", "engine", "service"), max_new_tokens=512)
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 """Evaluate a model on MMCU, Chinese multiple-choice questions in four domains: `make baichuan-eval-mmcu`.
 
     python -m llm_code.llm_evaluation.mmcu --data_dir DIR --ntrain 0 --save_dir ./result/mmcu/ \\
-        --model_name_or_path DIR [--adapter_name_or_path DIR] [--answer generate|likelihood|service] [--limit 500]
+        --model_name_or_path DIR [--adapter_name_or_path DIR] [--answer likelihood|engine|service] [--limit 500]
 
 Reads DIR/test/*.xlsx (and dev/ for --ntrain 5). Writes into save_dir a file for each subject as the benchmark's own
 script does, answers.jsonl with every question, and report.txt, report.json, report.md, report.png. Every question is
@@ -41,7 +41,7 @@ from llm_code.llm_evaluation.mmcu_statistics import (
 )
 
 SUBSETS = ["".join(letters) for size in range(1, 5) for letters in combinations(LETTERS, size)]
-WAYS = ("generate", "likelihood", "service")
+WAYS = ("generate", "likelihood", "engine", "service")
 
 
 def parse_args() -> argparse.Namespace:

@@ -39,9 +39,11 @@ class Service:
         """One pool of connections for all threads."""
         import httpx
 
-        key = os.environ.get("SERVICE_API_KEY")
+        key = os.environ.get("API_KEY", "").split(",")[0]  # the service takes several
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.Client(base_url=self.base_url, headers=headers, timeout=TIMEOUT_SECONDS)
+        is_here = httpx.URL(self.base_url).host in ("127.0.0.1", "localhost", "::1")
+        # a proxy that the environment names cannot reach this machine
+        return httpx.Client(base_url=self.base_url, headers=headers, timeout=TIMEOUT_SECONDS, trust_env=not is_here)
 
     @cached_property
     def model(self) -> str:
@@ -102,7 +104,7 @@ class Service:
                 time.sleep(wait)
         raise UserError(
             f"{self.base_url}/{path}: {problem}. Check that the service runs (`make baichuan-serve`), its address and "
-            "SERVICE_API_KEY, and run again: answers that are there are kept."
+            "API_KEY, and run again: answers that are there are kept."
         )
 
 
