@@ -134,6 +134,10 @@ baichuan-client: ## [13] ask the service (QUESTION=..., or FILE=questions.txt, o
 	@$(call step,llm_env) python -m llm_code.service.client --url "http://127.0.0.1:$${BAICHUAN_PORT:-10820}" \
 	  $(if $(QUESTION),--question "$$QUESTION") $(if $(FILE),--file "$$FILE") $(ARGS)
 
+.PHONY: baichuan-web
+baichuan-web: ## [19] the chat page on 127.0.0.1:17860, in front of the service (BG=1 detaches it)
+	@$(call need,ENVS_DIR)bash llm_code/web_framework/web_service.sh $(ARGS)
+
 ##
 ## [n] is the step of the walkthrough. BG=1 detaches any step (it survives the SSH session, log in logs/<step>.log),
 ## DRY_RUN=1 prints its command and does nothing. A setting is overridden by make <step> KEY=value.

@@ -1,0 +1,121 @@
+"""The chat page in the browser, a client of the service's /v1. `make baichuan-web`.
+
+    python -m llm_code.web_framework.web_app [--port 17860] [--service_url http://127.0.0.1:10820/v1]
+
+Listens on 127.0.0.1 only: `make tunnel` is the way in from elsewhere. Loads nothing from other hosts. Writes liked and
+disliked answers to --feedback_file; conversations stay in the browser. A service that asks for a key gets API_KEY.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError, run_main
+
+HOST = "127.0.0.1"
+# Whatever a model writes or a library wants: the browser asks nobody but this server.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+
+
+class SecurityHeaders:
+    """ASGI middleware that sends the policy with every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [(b"content-security-policy", CONTENT_SECURITY_POLICY.encode())]
+                headers += [(b"referrer-policy", b"no-referrer"), (b"x-content-type-options", b"nosniff")]
+                message = {**message, "headers": [*message["headers"], *headers]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+def build_page(service: Any, feedback_file: Path) -> Any:
+    """The page as gr.Blocks."""
+    import gradio as gr
+
+    from llm_code.web_framework import texts
+    from llm_code.web_framework.events import Events
+    from llm_code.web_framework.page import build_parts
+
+    with gr.Blocks(title=texts.TITLE, analytics_enabled=False, fill_height=True) as page:
+        Events(build_parts(), service, feedback_file).connect(page)
+    return page
+
+
+def launch(page: Any, port: int) -> str:
+    """Serve the page in a thread and return its address. Raises UserError when the port is taken."""
+    from starlette.middleware import Middleware
+
+    from llm_code.web_framework.page import CSS, HEAD, theme
+
+    check_port(port)
+    page.queue(default_concurrency_limit=None, api_open=False)
+    _, url, _ = page.launch(
+        server_name=HOST,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        ssr_mode=False,
+        footer_links=[],
+        enable_monitoring=False,
+        app_kwargs={"middleware": [Middleware(SecurityHeaders)]},
+        theme=theme(),
+        css=CSS,
+        head=HEAD,
+    )
+    return url
+
+
+def check_port(port: int) -> None:
+    """Raises UserError when something listens there already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} on {HOST} cannot be used ({error.strerror}). Another page may be running: make status. "
+                "Choose another one: make baichuan-web BAICHUAN_WEB_PORT=17861"
+            ) from error
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=17860, help="where the page listens (default 17860)")
+    parser.add_argument("--service_url", default="http://127.0.0.1:10820/v1", help="the service, with /v1")
+    parser.add_argument("--feedback_file", type=Path, default=Path("logs/baichuan-web-feedback.jsonl"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    # Set before gradio is imported: no look-ups of versions, no reports.
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
+    from llm_code.web_framework.service import Service
+
+    key = os.environ.get("API_KEY", "").split(",")[0]  # the service may know several
+    page = build_page(Service(args.service_url, key or None), args.feedback_file)
+    url = launch(page, args.port)
+    print(f"The page is at {url} and asks {args.service_url}. From elsewhere: make tunnel", flush=True)
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    page.close(verbose=False)
+    # Streams of open pages would keep the server's thread for as long as an answer takes.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    run_main(main)

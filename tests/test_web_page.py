@@ -1,0 +1,353 @@
+"""The chat page in a real browser, in front of a small service that answers slowly, refuses and breaks off."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),
+    pytest.mark.filterwarnings("ignore:.*:Warning:gradio.queueing"),  # of its own use of pandas
+]
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
+BOX, CHAT, STATUS = "#question textarea", "#chat", "#status"
+
+
+@pytest.fixture(scope="module")
+def service():
+    from tests.fake_service import FakeService
+
+    with FakeService() as fake:
+        yield fake
+
+
+@pytest.fixture(scope="module")
+def served(service, tmp_path_factory):
+    """(address, feedback file) of the page."""
+    from llm_code.web_framework.service import Service
+    from llm_code.web_framework.web_app import build_page, launch
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    feedback = tmp_path_factory.mktemp("web") / "logs" / "feedback.jsonl"
+    page = build_page(Service(service.url, "a-key-for-tests"), feedback)
+    yield launch(page, port), feedback
+    page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield chromium
+        chromium.close()
+
+
+class Visitor:
+    """A person with a browser of their own in front of the page."""
+
+    def __init__(self, browser, url, **options):
+        self.errors, self.asked = [], []
+        self.url, self.context = url, browser.new_context(locale="zh-CN", accept_downloads=True, **options)
+        self.context.set_default_timeout(20_000)
+        self.page = self.open()
+
+    def open(self):
+        page = self.context.new_page()
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("requestfinished", lambda request: self.asked.append(request.url))
+        page.goto(self.url)
+        page.locator(STATUS).get_by_text("模型：tiny-baichuan").wait_for()
+        return page
+
+    def send(self, text):
+        self.page.fill(BOX, text)
+        self.page.press(BOX, "Enter")
+
+    def ask(self, text):
+        """Send and wait for the whole answer."""
+        shown = len(self.bubbles())
+        self.send(text)
+        self.page.wait_for_function(f"document.querySelectorAll('{CHAT} .message').length > {shown}")
+        self.wait("首字", STATUS)
+        self.ready()
+
+    def wait(self, text, where=CHAT):
+        self.page.locator(where).get_by_text(text).first.wait_for()
+
+    def ready(self):
+        self.page.locator("#question .submit-button").wait_for()
+        # the chain's last link has told the browser's storage
+        self.page.wait_for_function("Object.keys(localStorage).every((k) => !localStorage[k].endsWith('user\"}]}'))")
+
+    def bubbles(self):
+        """[question, answer, ...] as shown."""
+        return [text.strip() for text in self.page.locator(f"{CHAT} .message").all_inner_texts()]
+
+    def press(self, title):
+        self.page.locator(f'{CHAT} button[title="{title}"]').last.click()
+
+    def box(self):
+        return self.page.input_value(BOX)
+
+    def stored(self):
+        found = self.page.evaluate("Object.entries(localStorage).filter(([k]) => k.startsWith('baichuan-web/'))")
+        return [json.loads(record) for _, record in found]
+
+    def picture(self, name, folder):
+        self.page.screenshot(path=folder / f"{name}.png")
+
+
+@pytest.fixture
+def visitor(browser, served, service):
+    service.queue_full, service.max_messages, service.delay = False, 100, 0.02
+    someone = Visitor(browser, served[0], viewport={"width": 1280, "height": 860})
+    yield someone
+    someone.context.close()
+    assert not someone.errors
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("pictures")
+
+
+def test_a_streamed_answer_with_its_speed_and_nothing_from_outside(visitor, service, served, pictures):
+    visitor.picture("empty", pictures)
+    service.delay = 0.15
+    visitor.send("你好，世界")
+    visitor.wait("次回答")
+    growing = set()
+    while "首字" not in visitor.page.inner_text(STATUS):
+        growing.add(visitor.bubbles()[-1])
+        if len(growing) == 3:
+            visitor.picture("streaming", pictures)
+    assert len(growing) >= 3, "the answer came in pieces"
+    visitor.ready()
+    visitor.picture("answered", pictures)
+    assert visitor.bubbles()[0] == "你好，世界" and visitor.bubbles()[1].endswith("回答：你好，世界。")
+    assert visitor.page.inner_text(STATUS).startswith("321 个词元 · "), "the number the service counted"
+    assert visitor.box() == ""
+    assert service.keys[-1] == "Bearer a-key-for-tests"
+    body = service.requests[-1]
+    assert body["model"] == "tiny-baichuan" and body["stream"] and body["max_tokens"] == 1024
+    assert "temperature" not in body, "the model's own sampling"
+    assert "12356" in visitor.page.inner_text("#notice")
+    with socket.create_server(("127.0.0.1", 0)) as outside:
+        outside.settimeout(0.5)
+        picture = f"http://127.0.0.1:{outside.getsockname()[1]}/x.png"
+        visitor.ask(f'图片 ![x]({picture}) <img src="{picture}">')
+        assert visitor.page.locator(f"{CHAT} img[src='{picture}']").count(), "the page has the picture's address"
+        with pytest.raises(TimeoutError):
+            outside.accept()
+    assert {url.split("/")[2] for url in visitor.asked if url.startswith("http")} == {served[0].split("/")[2]}
+
+
+def test_stop_reaches_the_service_and_what_was_said_stays(visitor, service, pictures):
+    visitor.send("很长的回答，停止")
+    visitor.wait("词词词")
+    visitor.page.press(BOX, "Enter")  # does not start a second one
+    visitor.page.click("#question .stop-button")
+    service.wait_until(lambda s: "很长的回答，停止" in s.closed, 5)
+    visitor.ready()
+    visitor.wait("已停止", STATUS)
+    said = visitor.bubbles()[-1]
+    assert set(said) == {"词"} and visitor.stored()[0]["messages"][-1]["content"] == said
+    visitor.picture("stopped", pictures)
+    visitor.ask("还在吗")
+    assert [m["content"] for m in service.requests[-1]["messages"]] == ["很长的回答，停止", said, "还在吗"]
+
+
+def test_stop_before_the_first_word_gives_the_question_back(visitor, service):
+    visitor.send("排队一")
+    visitor.wait("等待回答", STATUS)
+    visitor.page.click("#question .stop-button")
+    service.wait_until(lambda s: "排队一" in s.closed, 5)
+    visitor.ready()
+    assert visitor.box() == "排队一" and visitor.bubbles() == [] and visitor.stored() == []
+
+
+def test_a_closed_page_stops_the_engine(visitor, service):
+    for question in ("很长，关闭", "排队，关闭"):
+        visitor.send(question)
+        service.wait_until(lambda s, q=question: s.requests[-1]["messages"][-1]["content"] == q)
+        visitor.page.close()
+        service.wait_until(lambda s, q=question: q in s.closed, 10)
+        visitor.page = visitor.open()
+        visitor.page.click("#new")
+        visitor.page.locator(CHAT).get_by_text("我在听").wait_for()
+
+
+def test_retry_edit_and_undo(visitor, service):
+    visitor.ask("第一问")
+    visitor.ask("第二问")
+    before = visitor.bubbles()
+    visitor.press("重试")
+    number = len(service.requests)
+    visitor.wait(f"第{number + 1}次回答")
+    visitor.wait("首字", STATUS)
+    visitor.ready()
+    assert visitor.bubbles()[:3] == before[:3] and visitor.bubbles()[3] != before[3]
+    assert [m["content"] for m in service.requests[-1]["messages"]] == before[:3]
+
+    visitor.page.locator(f'{CHAT} button[title="编辑"]').first.click()
+    visitor.page.locator(f"{CHAT} textarea").fill("改过的第一问")
+    visitor.page.locator(f'{CHAT} button[title="发送"]').click()
+    visitor.wait(f"第{number + 2}次回答")
+    visitor.wait("首字", STATUS)
+    visitor.ready()
+    assert visitor.bubbles() == ["改过的第一问", f"第{number + 2}次回答：改过的第一问。"]
+    assert [m["content"] for m in visitor.stored()[0]["messages"]] == visitor.bubbles()
+
+    visitor.press("撤销")
+    visitor.page.wait_for_function("document.querySelector('#question textarea').value")
+    assert visitor.box() == "改过的第一问" and visitor.bubbles() == []
+
+
+def test_conversations_outlive_reload_and_switch(visitor, service, pictures):
+    visitor.page.click("#settings > button")
+    visitor.page.fill("#system textarea", "你是医生")
+    visitor.ask("甲问题")
+    assert service.requests[-1]["messages"][0] == {"role": "system", "content": "你是医生"}
+    visitor.page.click("#new")
+    visitor.page.locator(CHAT).get_by_text("我在听").wait_for()
+    visitor.ask("乙问题")
+    assert [m["role"] for m in service.requests[-1]["messages"]] == ["user"]
+    visitor.page.reload()
+    visitor.wait("回答：乙问题。")
+    visitor.picture("history", pictures)
+    visitor.page.locator("#picker").get_by_text("甲问题").click()
+    visitor.wait("回答：甲问题。")
+    visitor.page.click("#settings > button")
+    assert visitor.page.input_value("#system textarea") == "你是医生"
+    visitor.ask("再问甲")
+    assert len(visitor.bubbles()) == 4 and len(visitor.stored()) == 2
+    visitor.page.click("#delete")
+    visitor.page.locator(CHAT).get_by_text("我在听").wait_for()
+    assert [record["title"] for record in visitor.stored()] == ["乙问题"]
+    assert visitor.page.locator("#picker").inner_text().split() == ["对话记录", "乙问题"]
+
+
+def test_a_reload_in_the_middle_gives_the_question_back(visitor, service):
+    visitor.send("很长，重新加载")
+    visitor.wait("词词")
+    visitor.page.reload()
+    service.wait_until(lambda s: "很长，重新加载" in s.closed, 10)
+    visitor.page.wait_for_function("document.querySelector('#question textarea')?.value")
+    assert visitor.box() == "很长，重新加载"
+
+
+def test_a_full_queue_is_told_and_the_text_kept(visitor, service, pictures):
+    visitor.ask("之前")
+    service.queue_full = True
+    visitor.send("现在很忙吗")
+    visitor.wait("排队已满", "#refusal")
+    visitor.ready()
+    visitor.picture("queue_full", pictures)
+    assert "7 秒后" in visitor.page.inner_text("#refusal")
+    assert visitor.box() == "现在很忙吗" and len(visitor.bubbles()) == 2
+    answer = visitor.bubbles()[1]
+    visitor.press("重试")
+    visitor.page.wait_for_timeout(300)
+    visitor.ready()
+    assert visitor.bubbles() == ["之前", answer], "a refused retry keeps the old answer"
+    service.queue_full = False
+    visitor.page.press(BOX, "Enter")
+    visitor.wait("回答：现在很忙吗。")
+    visitor.page.locator("#refusal").wait_for(state="hidden")
+    visitor.ready()
+    assert visitor.stored()[0]["messages"][-1]["content"].endswith("现在很忙吗。")
+
+
+def test_errors_are_told(visitor, service):
+    visitor.send("坏请求")
+    visitor.wait("temperature is wrong", "#refusal")
+    visitor.ready()
+    assert visitor.box() == "坏请求" and visitor.stored() == []
+    visitor.send("中途出错的")
+    visitor.wait("回答中断了：the computation failed", STATUS)
+    visitor.ready()
+    assert visitor.bubbles()[1].endswith("次回答：中途"), "what came before the error stays"
+    visitor.ask("一")
+    service.max_messages = 3
+    visitor.ask("二")
+    assert "最早的 1 轮没有发送" in visitor.page.inner_text(STATUS) and len(visitor.bubbles()) == 6
+    assert [m["content"] for m in service.requests[-1]["messages"]][::2] == ["一", "二"]
+
+
+def test_export_and_feedback(visitor, served):
+    visitor.ask("写一句 # 诗")
+    question, answer = visitor.bubbles()
+    visitor.press("赞")
+    visitor.wait("已记录", "body")
+    line = json.loads(served[1].read_text(encoding="utf-8").splitlines()[-1])
+    assert line["verdict"] == "like" and [m["content"] for m in line["messages"]] == [question, answer]
+    for button, check in (("#markdown", check_markdown), ("#json", check_json)):
+        with visitor.page.expect_download() as download:
+            visitor.page.click(button)
+        check(download.value.suggested_filename, Path(download.value.path()).read_text("utf-8"), question, answer)
+
+
+def check_markdown(name, text, question, answer):
+    assert name == "写一句 # 诗.md" and text.startswith("# 写一句 # 诗\n")
+    assert text.endswith(f"**用户**\n\n{question}\n\n**模型**\n\n{answer}\n")
+
+
+def check_json(name, text, question, answer):
+    assert name == "写一句 # 诗.json"
+    told = [("user", question), ("assistant", answer)]
+    assert [(m["role"], m["content"]) for m in json.loads(text)["messages"]] == told
+
+
+def test_enter_in_an_input_method_does_not_send(visitor, service):
+    """The keys as Chromium sees them while pinyin becomes characters; then Safari's keyCode 229 behind them."""
+    number, keys = len(service.requests), visitor.context.new_cdp_session(visitor.page)
+    visitor.page.click(BOX)
+    keys.send("Input.imeSetComposition", {"text": "nihao", "selectionStart": 5, "selectionEnd": 5})
+    enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 229}
+    for kind in ("rawKeyDown", "keyUp"):
+        keys.send("Input.dispatchKeyEvent", {"type": kind, **enter})
+    keys.send("Input.insertText", {"text": "nihao"})
+    for options in ("isComposing: true", "keyCode: 229, which: 229"):
+        for kind in ("keydown", "keypress"):
+            event = f"new KeyboardEvent('{kind}', {{key: 'Enter', bubbles: true, cancelable: true, {options}}})"
+            visitor.page.evaluate(f"document.querySelector('{BOX}').dispatchEvent({event})")
+    visitor.page.wait_for_timeout(300)
+    assert len(service.requests) == number and visitor.box() == "nihao"
+    visitor.page.press(BOX, "Shift+Enter")
+    visitor.page.keyboard.type("b")
+    assert visitor.box() == "nihao\nb"
+    visitor.page.press(BOX, "Enter")
+    visitor.wait("回答：nihao")
+    visitor.ready()
+
+
+def test_the_phone_and_the_sampling(browser, served, service, pictures):
+    service.delay = 0.02
+    phone = Visitor(browser, served[0], viewport={"width": 375, "height": 740}, has_touch=True, is_mobile=True)
+    phone.page.locator(CHAT).get_by_text("睡不好").click()  # an example
+    phone.wait("回答：最近总是睡不好")
+    phone.ready()
+    phone.picture("phone", pictures)
+    width = phone.page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 375, "nothing sticks out to the side"
+    box = phone.page.locator("#question").bounding_box()
+    assert box["y"] + box["height"] <= 740, "the input box is on the first screen"
+    phone.page.click("#settings > button")
+    phone.page.locator("#recommended input").uncheck()
+    phone.picture("phone_settings", pictures)
+    phone.ask("采样")
+    assert (service.requests[-1]["temperature"], service.requests[-1]["top_p"]) == (0.3, 0.85)
+    phone.page.locator(".toggle-button").click()
+    phone.page.locator("#picker").get_by_text("最近总是睡不好").wait_for()
+    phone.page.wait_for_timeout(500)
+    phone.picture("phone_history", pictures)
+    phone.context.close()
+    assert not phone.errors
