@@ -14,6 +14,7 @@ from llm_code.module_interface import interface
 from llm_code.module_interface.interface import Event, Token
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SEPARATOR = "\x1e"  # between messages
 
 
 class FakeRequest:
@@ -25,7 +26,7 @@ class FakeRequest:
         self.id, self.params, self.on_event = f"fake-{next(self.numbers)}", params, on_event
         self.prompt_ids, self.submitted, self.cancelled, self.done = prompt_ids, time.monotonic(), False, 0
         prompt = "".join(map(chr, prompt_ids))
-        command, _, rest = prompt.rpartition("\n")[2].partition(" ")
+        command, _, rest = prompt.rpartition(SEPARATOR)[2].partition(" ")
         self.command = command
         self.number = int(rest) if command in ("prefill", "fail") and rest.isdigit() else 0
         self.wait = self.number if command == "prefill" else 0
@@ -138,7 +139,7 @@ class FakeEngine:
     def encode_chat(self, messages):
         if messages[-1]["role"] == "tool":
             raise interface.UserError("this template has no role tool")
-        return self.encode_text("\n".join(message["content"] for message in messages))
+        return self.encode_text(SEPARATOR.join(message["content"] for message in messages))
 
     def encode_text(self, text, add_special_tokens=True):
         self.encoded += len(text)
