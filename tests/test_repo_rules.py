@@ -17,7 +17,7 @@ from tests.conftest import NOT_COPIED, REPOSITORY
 
 ROOMS = {"scripts": set(), "finetune": {"finetune"}, "qwen_qlora": {"finetune"}, "llm_code": {"finetune"}}
 # Words for one run, not settings of the machine: make qwen-train BG=1.
-ARGUMENTS = set("ARGS BG DRY_RUN FILE FOLLOW GPU GPUS NET QUESTION STEP TIMEOUT".split())
+ARGUMENTS = set("ARGS BG DRY_RUN FILE FOLLOW GPU GPUS LIMIT NET QUESTION STEP TIMEOUT".split())
 # What make and bash define, and what other programs read.
 NOT_OURS = set(
     "SHELL MAKEFLAGS MAKECMDGOALS MAKEFILE_LIST SETTINGS WITHOUT_SETTINGS BASH_SOURCE PATH CI DEBIAN_FRONTEND "
