@@ -7,7 +7,6 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -106,9 +105,10 @@ class Limits:
             path_bytes = len(scope.get("raw_path") or b"")
             if path_bytes > settings.max_path_bytes:
                 raise ApiError(414, f"expected an address of at most {settings.max_path_bytes} bytes", headers=close)
-            if len(scope["headers"]) > settings.max_headers:
-                phrase = HTTPStatus(431).phrase.lower()
-                raise ApiError(431, f"{phrase}: at most {settings.max_headers} headers", headers=close)
+            header_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
+            if len(scope["headers"]) > settings.max_headers or header_bytes > settings.max_header_bytes:
+                message = f"expected at most {settings.max_headers} headers of {settings.max_header_bytes} bytes in all"
+                raise ApiError(431, message, headers=close)
         await self.app(scope, receive, send)
 
 
