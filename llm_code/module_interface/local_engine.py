@@ -73,7 +73,7 @@ class LocalEngine:
         budget = PrefillBudget(shared, options.prefill_tokens or 4 * shared)
         scheduler = Scheduler(pool, slots, budget, options.queue_timeout)
         end_ids = stop_token_ids(model, tokenizer)
-        runner = make_runner(decoder, pool, slots, end_ids, max_batch)
+        runner = make_runner(decoder, pool, slots, end_ids)
         lookahead = on_gpu if options.lookahead is None else options.lookahead
         self.limits = EngineLimits(
             context, decoder.vocabulary, max_batch, options.max_queue, queue_timeout=options.queue_timeout
@@ -166,6 +166,11 @@ def default_cache_bytes(device: torch.device) -> int:
     return max(free - total // 10, 0)
 
 
-def make_runner(decoder: Decoder, pool: KeyValuePool, slots: Slots, end_ids: Sequence[int], max_batch: int) -> Runner:
+def make_runner(decoder: Decoder, pool: KeyValuePool, slots: Slots, end_ids: Sequence[int]) -> Runner:
     """The plain runner on a CPU, the one with captured graphs on a GPU."""
-    return Runner(decoder, Operations(), pool, slots, end_ids)
+    if decoder.device.type != "cuda":
+        return Runner(decoder, Operations(), pool, slots, end_ids)
+    from llm_code.module_interface.gpu_operations import choose_operations
+    from llm_code.module_interface.graphs import GraphRunner
+
+    return GraphRunner(decoder, choose_operations(decoder), pool, slots, end_ids)

@@ -82,6 +82,10 @@ class Operations:
             output[row] = answer.reshape(output.shape[1:])
         return output
 
+    def plan_segments(self, segments: Sequence[Segment], device: torch.device) -> Any:
+        """What attend_prefill takes, made once for all layers of a step."""
+        return segments
+
     def attend_prefill(self, q_THD: Tensor, keys_values: Tensor, segments: Sequence[Segment], scaling: float) -> Tensor:
         """(T, H, D): every segment's queries causally against all its tokens so far."""
         outputs = []

@@ -31,7 +31,7 @@ class StepAttention:
         self.starts_B = places_T[:num_decode] - positions_T[:num_decode]
         self.lengths_B = positions_T[:num_decode] + 1
         self.host_places: Many[tuple[int, int]] = ()  # (start, length) of the decoding rows, unless captured
-        self.segments: Many[Segment] = ()
+        self.segments: Any = None  # the chunks' part, as the operations want it
 
     def __call__(self, layer: int, qkv_TC: Tensor, norms: tuple[Any, Any]) -> Tensor:
         decoder, keys_values, split = self.decoder, self.pool.layers[layer], self.num_decode
@@ -48,7 +48,7 @@ class StepAttention:
         if split:
             where = (self.starts_B, self.lengths_B, self.host_places)
             outputs.append(self.operations.attend_decode(q_THD[:split], keys_values, *where, decoder.scaling))
-        if self.segments:
+        if self.segments is not None:
             outputs.append(self.operations.attend_prefill(q_THD[split:], keys_values, self.segments, decoder.scaling))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
 
@@ -100,12 +100,17 @@ class Runner:
         self.decoder, self.operations, self.pool, self.slots = decoder, operations, pool, slots
         self.device = decoder.device
         self.end_ids = torch.tensor(list(end_ids), dtype=torch.int64, device=self.device)
+        self._last_slots: list[int] | None = None
+        self._last_rows = self.end_ids
 
     def launch(self, step: Step) -> Pending:
         """Start a step. On an error nothing has changed that running the step again would not set right."""
         with torch.inference_mode():
-            hidden_TC = self._forward(step)
-            pending = self._choose(step, hidden_TC)
+            logits_RV = self.decode_logits(step)
+            if logits_RV is None:
+                pending = self._choose(step, self._forward(step))
+            else:
+                pending = self._pending(list(step.decode), self._sample(step, list(step.decode), logits_RV))
         for sequence in step.decode:
             sequence.num_in_cache += 1
         for chunk in step.chunks:
@@ -114,13 +119,29 @@ class Runner:
             sequence.num_chosen += 1
         return pending
 
+    def prepare(self) -> None:
+        """What has to happen in the engine's thread before the first step."""
+
+    def decode_logits(self, step: Step) -> Tensor | None:
+        """Scores of a step without the forward pass below, where there is another way to them."""
+        return None
+
+    def to_device(self, numbers: list) -> Tensor:
+        """Whole numbers as a tensor, without waiting for the device's work."""
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
     def free_memory(self) -> None:
         """Return what the allocator keeps for later, after memory ran out."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _rows(self, sequences: Many[Sequence]) -> Tensor:
-        return torch.tensor([sequence.slot for sequence in sequences], dtype=torch.int64, device=self.device)
+        """The sequences' slots; the same tensor as long as they stay the same."""
+        slots = [sequence.slot for sequence in sequences]
+        if slots != self._last_slots:
+            self._last_slots, self._last_rows = slots, self.to_device(slots)
+        return self._last_rows
 
     def _forward(self, step: Step) -> Tensor:
         """(T, C) states of all tokens of a step."""
@@ -128,14 +149,15 @@ class Runner:
         new_ids = [i for chunk in step.chunks for i in chunk.sequence.prompt[chunk.begin : chunk.end]]
         positions = [i for chunk in step.chunks for i in range(chunk.begin, chunk.end)]
         places = [chunk.sequence.extent.start + i for chunk in step.chunks for i in range(chunk.begin, chunk.end)]
-        new = torch.tensor([new_ids, positions, places], dtype=torch.int64, device=self.device)
+        new = self.to_device([new_ids, positions, places])
         lengths = self.slots.length[rows]
         ids_T = torch.cat([self.slots.last_token[rows], new[0]])
         positions_T = torch.cat([lengths, new[1]])
         places_T = torch.cat([self.slots.start[rows] + lengths, new[2]])
         attention = StepAttention(self, positions_T, places_T, len(step.decode))
         attention.host_places = [(s.extent.start, s.num_in_cache + 1) for s in step.decode]
-        attention.segments = list(_segments(step.chunks))
+        if step.chunks:
+            attention.segments = self.operations.plan_segments(list(_segments(step.chunks)), self.device)
         return self.decoder.hidden(ids_T, self.operations, attention)
 
     def _choose(self, step: Step, hidden_TC: Tensor) -> Pending:
@@ -153,9 +175,24 @@ class Runner:
                 finished.append(chunk.sequence)
         sampled = None
         if sequences:
-            chosen_RC = hidden_TC if len(places) == len(hidden_TC) else hidden_TC[torch.tensor(places)]
+            chosen_RC = hidden_TC if len(places) == len(hidden_TC) else hidden_TC[self.to_device(places)]
             sampled = self._sample(step, sequences, self.decoder.logits(chosen_RC))
-        return Pending(sequences, sampled, prompt_scores, finished)
+        return self._pending(sequences, sampled, prompt_scores, finished)
+
+    def _pending(
+        self,
+        sequences: list[Sequence],
+        sampled: Sampled | None,
+        prompt_scores: Many[tuple[Chunk, tuple[Tensor, Tensor, Tensor]]] = (),
+        finished: Many[Sequence] = (),
+    ) -> Pending:
+        """The answers on their way to the host."""
+        ready = None
+        if sampled is not None and self.device.type == "cuda":
+            sampled = Sampled(*(None if t is None else _to_host(t) for t in vars(sampled).values()))
+            ready = torch.cuda.Event()
+            ready.record()
+        return Pending(sequences, sampled, list(prompt_scores), list(finished), ready)
 
     def _sample(self, step: Step, sequences: list[Sequence], logits_RV: Tensor) -> Sampled:
         needs = Needs.of(sequence.params for sequence in sequences)
@@ -172,8 +209,13 @@ class Runner:
         """Log-probabilities of the prompt's tokens behind each of the chunk's, but for the last of all."""
         targets = chunk.sequence.prompt[chunk.begin + 1 : chunk.end + 1]
         logits_TV = self.decoder.logits(hidden_TC[: len(targets)])
-        ids = torch.tensor(targets, dtype=torch.int64, device=self.device)
+        ids = self.to_device(targets)
         return log_probabilities(logits_TV, ids, chunk.sequence.params.prompt_logprobs)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy under way to pinned memory; the caller waits for an event behind it."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _segments(chunks: Many[Chunk]):

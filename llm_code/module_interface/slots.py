@@ -55,7 +55,7 @@ class Slots:
             self.bias = self._matrix(self.bias, torch.float32)
             self.bias[slot] = 0
             ids = torch.tensor(list(params.logit_bias), device=self.device)
-            self.bias[slot, ids] = torch.tensor(list(params.logit_bias.values()), device=self.device).float()
+            self.bias[slot, ids] = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32).to(self.device)
 
     def _matrix(self, matrix: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         if matrix is None:

@@ -120,8 +120,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            if hasattr(self.runner, "prepare"):
-                self.runner.prepare()
+            self.runner.prepare()
             while self._wait():
                 self._step()
         except BaseException as error:  # whatever it is: nobody may wait for this thread
