@@ -13,7 +13,7 @@ from transformers import Trainer
 from finetune import saving
 from finetune.checkpoint.manifest import MAX_SHARD_BYTES
 from finetune.errors import UserError
-from finetune.zero import make_universal, weights_from_zero
+from finetune.zero import UNIVERSAL, make_universal, repair_universal, weights_from_zero
 
 if TYPE_CHECKING:
     from finetune.conversation import Sample
@@ -143,6 +143,8 @@ class CheckpointingTrainer(Trainer):
         """State by way of main memory: a GPU may be full, and transformers 5.17 fails on a CPU with several ranks."""
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint and (Path(checkpoint) / UNIVERSAL).exists() and self._zero_stage == 3:
+                repair_universal(self.deepspeed.optimizer.optimizer, (self.args.weight_decay, 0.0))
             return
         for name, target in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
             target.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+UNIVERSAL = "latest_universal"  # the file by which DeepSpeed finds a universal checkpoint
 # The training JSON decides these; a block of DeepSpeed's would silently win over it.
 DECIDED_ELSEWHERE = ("optimizer", "scheduler")
 
@@ -95,7 +97,19 @@ def make_universal(checkpoint: Path, target: Path) -> None:
         )
     for name in ("trainer_state.json", "scheduler.pt"):
         shutil.copyfile(checkpoint / name, target / name)
-    (target / "latest_universal").write_text(step.name)
+    (target / UNIVERSAL).write_text(step.name)
+
+
+def repair_universal(optimizer: "torch.optim.Optimizer", weight_decays: Sequence[float]) -> None:
+    """Undo what stage 3 does wrong when it loads a universal checkpoint (DeepSpeed 0.19.8).
+
+    It gives all groups one and the same step counter, which then counts once a group, and the first group's decay.
+    """
+    for state in optimizer.state.values():
+        if hasattr(state.get("step"), "clone"):
+            state["step"] = state["step"].clone()
+    for group, decay in zip(optimizer.param_groups, weight_decays, strict=False):
+        group["weight_decay"] = decay
 
 
 def weights_from_zero(checkpoint: Path, target: Path, dtype: "torch.dtype") -> None:
