@@ -61,6 +61,10 @@ instance: ## [3] prepare a rented box: directories, net-tools, vim's encodings
 modelscope-env: ## [4-5] create modelscope_env, the environment of the downloads
 	@$(call need,ENVS_DIR)$(call step) python3 scripts/environment.py modelscope_env
 
+.PHONY: tunnel
+tunnel: ## [19] on your own computer: the box's page and service on 127.0.0.1 (ARGS=--print for the Windows line)
+	@$(call need,TUNNEL_HOST TUNNEL_SSH_PORT TUNNEL_PORTS)$(call step) python3 scripts/tunnel.py $(ARGS)
+
 .PHONY: gpu
 gpu: ## [11] show the cards and their memory
 	@$(call step) python3 scripts/nvidia.py show
