@@ -34,8 +34,16 @@ class Lifecycle:
         self.loader = threading.Thread(target=self._load, args=(loop,), name="load-engine", daemon=True)
         self.loader.start()
 
+    def look(self) -> str:
+        """The state, after a look at the engine."""
+        if self.state == READY and self.serving is not None and not self.serving.engine.stats().alive:
+            log.error("the engine has stopped")
+            self.fail()
+        return self.state
+
     def ready(self) -> Serving:
         """What serves requests. Raises ApiError 503 while there is nothing, or nothing new is accepted."""
+        self.look()
         if self.state == LOADING:
             raise loading()
         if self.state == DRAINING:
@@ -85,12 +93,9 @@ class Lifecycle:
         elif self.state == LOADING:
             self.serving = Serving(engine, self.settings, self.metrics)
             self.state = READY
-            self._watch = asyncio.get_running_loop().create_task(self._watch_engine(engine))
+            self._watch = asyncio.get_running_loop().create_task(self._watch_engine())
             log.info("ready: %s, context %d tokens", engine.model_name, engine.limits.context)
 
-    async def _watch_engine(self, engine: Engine) -> None:
-        while self.state == READY:
-            if not engine.stats().alive:
-                log.error("the engine has stopped")
-                self.fail()
+    async def _watch_engine(self) -> None:
+        while self.look() == READY:
             await asyncio.sleep(WATCH_SECONDS)

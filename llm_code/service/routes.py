@@ -52,15 +52,15 @@ async def model(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """Alive: the process answers and its engine is not lost."""
-    state = _lifecycle(request).state
+    state = _lifecycle(request).look()
     return json_reply(Health(status=state), 503 if state == FAILED else 200)
 
 
 async def ready(request: Request) -> Response:
     """Ready: a request sent now would be served."""
-    lifecycle = _lifecycle(request)
-    response = json_reply(Health(status=lifecycle.state), 200 if lifecycle.state == READY else 503)
-    if lifecycle.state != READY:
+    state = _lifecycle(request).look()
+    response = json_reply(Health(status=state), 200 if state == READY else 503)
+    if state != READY:
         response.headers["Retry-After"] = "5"
     return response
 
