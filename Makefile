@@ -164,14 +164,14 @@ qwen-eval-mmcu: ## MMCU on the model that QWEN_EVAL_MODEL names: what did it for
 
 .PHONY: qwen-report
 qwen-report: ## one page about the adapter: training, scores before and after, samples, contamination
-	@$(call need,QWEN_OUTPUT_DIR)$(call step,qwen_env) python -m finetune.before_after --title "$(notdir $(QWEN_MODEL_ID))" \
+	@$(call need,QWEN_OUTPUT_DIR)$(call step,qwen_env) python -m finetune.before_after \
 	  --train_dir "$$QWEN_OUTPUT_DIR" --train_file "$$QWEN_TRAIN_FILE" --output_dir "$$EVAL_RESULT_DIR/qwen_report" \
 	  --score "test rows" "$${QWEN_BASE_RESULT_FILE%.csv}.jsonl" "$${QWEN_RESULT_FILE%.csv}.jsonl" \
 	  --score MMCU "$$EVAL_RESULT_DIR/qwen_mmcu_base/answers.jsonl" "$$EVAL_RESULT_DIR/qwen_mmcu_adapter/answers.jsonl" $(ARGS)
 
 .PHONY: baichuan-report
 baichuan-report: ## one page about the fine-tuned model: training, scores before and after, samples, contamination
-	@$(call need,BAICHUAN_OUTPUT_DIR)$(call step,llm_env) python -m finetune.before_after --title "$(notdir $(BAICHUAN_MODEL_ID))" \
+	@$(call need,BAICHUAN_OUTPUT_DIR)$(call step,llm_env) python -m finetune.before_after \
 	  --train_dir "$$BAICHUAN_OUTPUT_DIR" --train_file "$$BAICHUAN_TRAIN_FILE" --output_dir "$$EVAL_RESULT_DIR/baichuan_report" \
 	  --score BLEU "$$EVAL_RESULT_DIR/bleu/psychology_result_bleu_base.jsonl" "$$EVAL_RESULT_DIR/bleu/psychology_result_bleu.jsonl" \
 	  --score MMCU "$$EVAL_RESULT_DIR/mmcu_base/answers.jsonl" "$$EVAL_RESULT_DIR/mmcu/answers.jsonl" $(ARGS)

@@ -1,6 +1,6 @@
 """One page about a fine-tuned model: training, scores before and after, samples, contamination, environment.
 
-    python -m finetune.before_after --title NAME --train_dir OUTPUT_DIR --train_file TRAIN.jsonl --output_dir DIR \\
+    python -m finetune.before_after --train_dir OUTPUT_DIR --train_file TRAIN.jsonl --output_dir DIR \\
         --score "text matching" BASE.jsonl TUNED.jsonl [--score MMCU BASE/answers.jsonl TUNED/answers.jsonl ...]
 
 Reads what training left in OUTPUT_DIR (train_report.json, loss.png) and the records of evaluations. Writes
@@ -31,7 +31,7 @@ from finetune.text_files import write_aside
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--title", required=True, help="name of the model on the page")
+    parser.add_argument("--title", help="name of the model on the page (default: that of --train_dir)")
     parser.add_argument("--train_dir", required=True, type=Path, help="output folder of the training")
     parser.add_argument("--train_file", required=True, type=Path, help="rows it was trained on")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder of the page")
@@ -76,7 +76,7 @@ def main() -> None:
     args = parse_args()
     report, (scores, remarks) = read_training(args.train_dir), read_scores(args.score)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    blocks: list[Block] = [Heading(f"{args.title}: before and after fine-tuning", 1)]
+    blocks: list[Block] = [Heading(f"{args.title or args.train_dir.name}: before and after fine-tuning", 1)]
     blocks += score_blocks(scores, remarks, args.output_dir)
     blocks += training_blocks(report, args.train_dir, args.output_dir)
     blocks += sample_blocks(scores)

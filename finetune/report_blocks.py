@@ -128,9 +128,7 @@ def contamination_blocks(scores: Sequence[Score], train_file: Path) -> list[Bloc
     ]
     blocks: list[Block] = [
         Heading("Contamination"),
-        Text(
-            f"Compared with {train_file}, {len(train):,} rows; runs that stand in more than ten of them do not count."
-        ),
+        Text(f"Compared with {train_file}, {len(train):,} rows. What a template puts into many rows does not count."),
         Table(header, rows),
     ]
     examples = [

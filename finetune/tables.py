@@ -1,9 +1,11 @@
 """Tables as plain text, aligned also with Chinese in them, and as Markdown."""
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
 Row = Sequence[str]
+NUMBER = re.compile(r"[-+]?[\d.,]+(e-?\d+)?( %| points)?|-")
 
 
 def width(text: str) -> int:
@@ -24,8 +26,9 @@ def text_table(header: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def markdown_table(header: Row, rows: Sequence[Row]) -> list[str]:
-    """The same as Markdown; line ends and bars inside a cell are made harmless."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    """The same as Markdown, columns of numbers to the right; line ends and bars inside a cell are made harmless."""
+    right = [bool(rows) and all(NUMBER.fullmatch(row[column]) for row in rows) for column in range(len(header))]
+    lines = [header, ["---:" if is_number else "---" for is_number in right], *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in row) + " |" for row in lines]
 
 

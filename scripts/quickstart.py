@@ -37,6 +37,8 @@ PLACES = {
     "QWEN_OUTPUT_DIR": OUTPUT / "train",
     "QWEN_ADAPTER_DIR": OUTPUT / "train" / "final",
     "QWEN_MERGED_DIR": OUTPUT / "merged",
+    "QWEN_BASE_RESULT_FILE": OUTPUT / "base.csv",
+    "EVAL_RESULT_DIR": OUTPUT,
 }
 MODELS = ("base", "adapter", "merged")
 
@@ -89,6 +91,7 @@ def measure(folder: Path) -> None:
     evaluate("base", variables)
     run(["make", "qwen-train"], variables)
     evaluate("adapter", variables)
+    run(["make", "qwen-report"], {**variables, "QWEN_RESULT_FILE": str(result_file("adapter"))})
     run(["make", "qwen-merge"], variables)
     evaluate("merged", variables)
 
@@ -113,6 +116,7 @@ def report(folder: Path, seconds: float) -> int:
     print(baseline(folder))
     for picture in [OUTPUT / "train" / "loss.png", *(OUTPUT / f"{model}_confusion.png" for model in MODELS)]:
         print(f"picture: {picture.relative_to(ROOT)}")
+    print(f"page: {(OUTPUT / 'qwen_report' / 'report.html').relative_to(ROOT)}")
     print(f"after the installation {seconds:.0f} s; everything is in {OUTPUT.relative_to(ROOT)}")
     worst = min(metrics[model]["accuracy"]["value"] for model in ("adapter", "merged"))
     if worst < GOAL:

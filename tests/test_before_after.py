@@ -71,13 +71,21 @@ def test_contamination_by_hand():
         "今天晚上 失眠到三点怎么办才好呢",  # the same but for a space
         "我今天晚上失眠到三点怎么办才好呢我",  # holds 13 of its characters
         "ＡＢＣ" + template,  # the template alone
+        template + "13甲乙丙丁戊己庚辛壬癸",  # the template and 13 characters of its own
         "别的问题",
         "又一个问题",
     ]
-    answers = ["休息", "休息", "相同", "好的，先起来走一走再回到床上去吧", "先起来走一走再回到床上去"]  # 12 characters
+    answers = [
+        "休息",
+        "休息",
+        "相同",
+        "相同",
+        "好的，先起来走一走再回到床上去吧",
+        "先起来走一走再回到床上去",
+    ]  # 12 characters
     found = overlap(train, questions, answers)
-    assert (found.total, found.exact, found.shared) == (5, (0,), (0, 1, 3))
-    assert [(i, line) for i, line, _ in found.examples] == [(0, 20), (1, 20), (3, 20)]
+    assert (found.total, found.exact, found.shared) == (6, (0,), (0, 1, 4))
+    assert [(i, line) for i, line, _ in found.examples] == [(0, 20), (1, 20), (4, 20)]
     assert found.examples[1][2] == "今天晚上失眠到三点怎么办才"
 
 
@@ -86,7 +94,7 @@ def test_a_page_in_both_forms(tmp_path):
     blocks = [Heading("标题 <1>", 1), Text("a & b"), Table(["x", "y"], [["1|2", "<b>\n3"]])]
     blocks.append(Picture(tmp_path / "a.png", "curve"))
     text = markdown(blocks, tmp_path / "pages")
-    assert text == ("# 标题 <1>\n\na & b\n\n| x | y |\n| --- | ---: |\n| 1\\|2 | <b><br>3 |\n\n![curve](../a.png)\n")
+    assert text == ("# 标题 <1>\n\na & b\n\n| x | y |\n| --- | --- |\n| 1\\|2 | <b><br>3 |\n\n![curve](../a.png)\n")
     page = html_page(blocks)
     assert "<h1>标题 &lt;1&gt;</h1>" in page and "<p>a &amp; b</p>" in page and "<td>&lt;b&gt;\n3</td>" in page
     assert 'src="data:image/png;base64,iVBORyBkYXRh"' in page
