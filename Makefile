@@ -128,7 +128,40 @@ qwen-merge: ## [note 23] merge the adapter into a 16-bit model
 qwen-chat: ## talk to the model in the terminal
 	@$(call step,qwen_env) python -m finetune.chat $(qwen_model) $(ARGS)
 
-##@ Project 2, llm_code: all parameters of Baichuan2-7B-Chat on two or more 80 GB cards
+##@ Project 2, llm_code: all parameters of Baichuan2-7B-Chat on 80 GB cards
+.PHONY: baichuan-env
+baichuan-env: ## [7-8] create llm_env, the environment of the steps from training on
+	@$(call need,ENVS_DIR)$(call step) python3 scripts/environment.py llm_env
+
+.PHONY: baichuan-download
+baichuan-download: ## [6] download the base model and convert it to a current layout
+	@$(call need,BASE_MODEL_DIR BAICHUAN_MODEL_ID BAICHUAN_MODEL_REVISION BAICHUAN_MODEL_DIR)$(call step,modelscope_env) \
+	  python -m llm_code.llm_download.baichuan2_7B_base_download \
+	  --model_id "$$BAICHUAN_MODEL_ID" --revision "$$BAICHUAN_MODEL_REVISION" --source "$$SOURCE" \
+	  --download_dir "$$BASE_MODEL_DIR" --model_dir "$$BAICHUAN_MODEL_DIR" --keep_original "$$KEEP_ORIGINAL"
+
+.PHONY: baichuan-data
+baichuan-data: ## [9] check the rows: lengths, cuts, duplicates, overlap of training and test
+	@$(call need,BAICHUAN_MODEL_DIR)$(call step,llm_env) python -m finetune.data_report --model_dir "$$BAICHUAN_MODEL_DIR" \
+	  --train_file "$$BAICHUAN_TRAIN_FILE" --test_file "$$BAICHUAN_TEST_FILE" \
+	  --max_seq_length "$$(sed -n 's/.*"max_seq_length": *\([0-9]*\).*/\1/p' "$$BAICHUAN_TRAIN_CONFIG")" $(ARGS)
+
+.PHONY: baichuan-plan
+baichuan-plan: ## [9] memory, time and money by DeepSpeed stage and number of cards (GPU=A100-80G GPUS=2)
+	@$(call step,$(if $(wildcard $(ENVS_DIR)/llm_env),llm_env)) python3 -m finetune.plan --method full \
+	  --train_args_file "$$BAICHUAN_TRAIN_CONFIG" --model "$${BAICHUAN_MODEL_DIR:-$$BAICHUAN_MODEL_ID}" \
+	  --train_file "$$BAICHUAN_TRAIN_FILE" $${BAICHUAN_OUTPUT_DIR:+--output_dir "$$BAICHUAN_OUTPUT_DIR"} \
+	  $(if $(GPU),--gpu "$(GPU)") $(if $(GPUS),--num_gpus "$(GPUS)") $(ARGS)
+
+.PHONY: baichuan-train
+baichuan-train: ## [10-11] train all parameters (BG=1 detaches it; ARGS="--num_train_epochs 1" overrides the JSON)
+	@$(call need,BAICHUAN_MODEL_DIR BAICHUAN_OUTPUT_DIR)bash llm_code/train_ft.sh $(ARGS)
+
+.PHONY: baichuan-finalize
+baichuan-finalize: ## [14] make final/ complete and check it (ARGS="--checkpoint DIR" takes another checkpoint)
+	@$(call need,BAICHUAN_MODEL_DIR BAICHUAN_OUTPUT_DIR)$(call step,llm_env) python -m llm_code.finalize \
+	  --model_name_or_path "$$BAICHUAN_MODEL_DIR" --output_dir "$$BAICHUAN_OUTPUT_DIR" $(ARGS)
+
 .PHONY: baichuan-serve
 baichuan-serve: ## [12] serve the model on 127.0.0.1: OpenAI's protocol at /v1, and /internal/ask
 	@$(call need,ENVS_DIR LLM_MODULE_MODEL_PATH)bash llm_code/service/server.sh $(ARGS)

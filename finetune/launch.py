@@ -8,7 +8,8 @@ exit status was. So the launcher runs in a session of its own, SIGTERM and SIGIN
 their update, save and leave; a rank that was killed ends the others within seconds; nothing of the launcher's session
 outlives this process, nor the shared memory its ranks talked through; and the status the ranks noted is the one given
 back: 143 or 130 after a signal, 2 for an error that was explained, 137 for a killed rank, else the launcher's own.
-Standard library only.
+With --until_eof (finetune.hosts) the words TERM, INT and KILL on its input mean what the signals do, and so does the
+input's end. Standard library only.
 """
 
 import ctypes
@@ -174,8 +175,8 @@ def _end_session(session: int) -> None:
         time.sleep(0.2)
 
 
-def _die_with_parent() -> None:
-    """If this process is killed outright, the launcher gets SIGTERM and passes it on (Linux)."""
+def die_with_parent() -> None:
+    """In a child: get SIGTERM when the parent is killed outright (Linux)."""
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     except (OSError, AttributeError):
@@ -230,7 +231,18 @@ def _say_killed(rank: str) -> None:
     )
 
 
-def run_launcher(command: list[str]) -> int:
+def _obey_input(launcher: int) -> None:
+    """Signals from another machine: words, a line each; the connection's end counts as TERM."""
+    for line in iter(sys.stdin.readline, ""):
+        word = line.strip()
+        if word == "KILL":
+            _end_session(launcher)
+        elif word in ("TERM", "INT"):
+            os.kill(os.getpid(), signal.Signals[f"SIG{word}"])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_launcher(command: list[str], until_eof: bool = False) -> int:
     """Run the launcher to its end and return the status to leave with."""
     received: list[int] = []
     with tempfile.TemporaryDirectory(prefix="finetune-launch-") as folder:
@@ -239,8 +251,9 @@ def run_launcher(command: list[str]) -> int:
             launcher = subprocess.Popen(
                 command,
                 env={**os.environ, STATUS_DIR: folder},
+                stdin=subprocess.DEVNULL if until_eof else None,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         except OSError as error:
             raise UserError(f"cannot run {command[0]}: {error.strerror}. Is its environment first on PATH?") from None
@@ -255,6 +268,8 @@ def run_launcher(command: list[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, a shell's `&` SIGINT
                 signal.signal(number, forward)
+        if until_eof:
+            threading.Thread(target=_obey_input, args=[launcher.pid], daemon=True).start()
         status = _wait(launcher, Path(folder))
         _end_session(launcher.pid)
         _clear_shared_memory(Path(folder))
@@ -274,7 +289,8 @@ def main() -> int:
     if not command or command[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if command else 2
-    return run_launcher(command)
+    until_eof = command[0] == "--until_eof"
+    return run_launcher(command[until_eof:], until_eof)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def check_python() -> list[Finding]:
     found = [
         ("ok", "python", text) if usable else ("FAIL", "python", "no Python 3.11 to 3.13 with venv, no conda, no uv")
     ]
-    for name in ("modelscope_env", "qwen_env"):
+    for name in ("modelscope_env", "qwen_env", "llm_env"):
         folder = Path(os.environ.get("ENVS_DIR", "")) / name
         there = os.environ.get("ENVS_DIR") and (folder / "requirements.sha256").exists()
         target = name.replace("_", "-")

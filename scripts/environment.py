@@ -2,6 +2,7 @@
 
     python3 scripts/environment.py modelscope_env      # make modelscope-env
     python3 scripts/environment.py qwen_env            # make qwen-env
+    python3 scripts/environment.py llm_env             # make baichuan-env
     python3 scripts/environment.py .venv               # what make quickstart and make test use
 
 Writes ENVS_DIR/NAME, or .venv in the repository. torch comes first and by pip, so that TORCH_INDEX_URL and pip's own
@@ -28,6 +29,7 @@ from scripts.package_install import EnvironmentFailed, create, install  # noqa: 
 REQUIREMENTS = {
     "modelscope_env": ["modelscope_requirements.txt"],
     "qwen_env": ["qwen_requirements.txt", "gpu_requirements.txt"],
+    "llm_env": ["llm_requirements.txt", "gpu_requirements.txt"],
     ".venv": ["test_requirements.txt", "gpu_requirements.txt"],
 }
 LOCK = ROOT / "env" / "lock.txt"

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts import settings  # noqa: E402
 
-DIRECTORIES = ("BASE_MODEL_DIR", "ENVS_DIR", "QWEN_OUTPUT_DIR")
+DIRECTORIES = ("BASE_MODEL_DIR", "ENVS_DIR", "QWEN_OUTPUT_DIR", "BAICHUAN_OUTPUT_DIR")
 SYSTEM_PROGRAMS = ["/sbin", "/usr/sbin"]
 # Files in vim show Chinese in UTF-8 and in the older GB encodings.
 VIM_LINES = (

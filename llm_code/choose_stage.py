@@ -1,0 +1,60 @@
+"""Which way of training fits these cards and is cheapest: none (one card), 1, 2, 3, 2-offload or 3-offload.
+
+    python -m llm_code.choose_stage --num_gpus 2 --train_args_file llm_code/training_config/baichuan2_config.json
+
+Prints the name to stdout and the reason to stderr; what it is not told it finds as finetune.plan does. A run that has a
+checkpoint goes on with that checkpoint's stage. Exit status 2 when nothing fits.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from finetune.arguments import Arguments, parse_arguments, require
+from finetune.errors import UserError, run_main
+from finetune.gpus import GIB
+from finetune.memory import total
+from finetune.plan import advice, hours, shape_of, workload
+from finetune.plan import gpus_here as find_cards
+from finetune.plan_options import choose, full_options, usable_bytes
+from finetune.saving import newest_checkpoint, read_marker
+
+
+def choose_stage(arguments: Arguments, num_gpus: int) -> tuple[str, str]:
+    """(name, reason). Raises UserError when no way fits."""
+    newest, _ = newest_checkpoint(arguments.train.output_dir) if arguments.train.output_dir else (None, [])
+    stage = (read_marker(newest) or {}).get("stage") if newest else None
+    if stage:
+        return stage, f"{newest} was written with it"
+    gpu, _ = find_cards()
+    if gpu is None:
+        return ("1", "no card here, several processes") if num_gpus > 1 else ("none", "no card here, one process")
+    require(arguments, model_name_or_path="Set BAICHUAN_MODEL_DIR in .env.")
+    shape, work = shape_of(arguments.model.model_name_or_path), workload(arguments, num_gpus, None, None)
+    options = full_options(shape, gpu, num_gpus, work)
+    chosen = choose(options)
+    if chosen is None:
+        raise UserError(advice("full", gpu, num_gpus, shape, work))
+    others = [
+        f"{option.name} " + (f"would take {hours(option.seconds)}" if option.budget else "does not fit")
+        for option in options
+        if option is not chosen
+    ]
+    needs = f"{total(chosen.parts) / GIB:.0f} of {usable_bytes(gpu) / GIB:.0f} GiB on each {gpu.name}"
+    return chosen.name, f"{needs}, about {hours(chosen.seconds)}; {', '.join(others)}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--num_gpus", type=int, required=True, help="cards, or processes where there is no card")
+    flags, rest = parser.parse_known_args(argv)
+    name, reason = choose_stage(parse_arguments(rest), flags.num_gpus)
+    print(f"DEEPSPEED_STAGE=auto: {name} ({reason})", file=sys.stderr)
+    print(name)
+
+
+if __name__ == "__main__":
+    run_main(main)
