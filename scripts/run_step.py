@@ -56,6 +56,8 @@ def step_variables(name: str, environment: str | None) -> dict[str, str]:
     for key in read_example():  # empty means not set; an empty HF_ENDPOINT or CUDA_VISIBLE_DEVICES means something else
         if not variables.get(key):
             variables.pop(key, None)
+    # Threads of a library that wait must sleep: spinning ones take the cores from whatever else runs on the machine.
+    variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if environment is None:
         return variables
     folder = Path(environment).absolute()
