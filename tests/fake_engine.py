@@ -1,8 +1,8 @@
 """A scripted engine: the interface without a model, for faults a real one shows only by accident.
 
 A token is a character. The last message says what happens: `say TEXT` answers TEXT; `endless` answers letters up to
-max_tokens; `prefill N` takes N steps before its first token; `fail N` breaks after N tokens; `die` ends the thread;
-`stick` stops it without a word; anything else is answered with itself.
+max_tokens; `prefill N` takes N steps before its first token, `gap N` before its second; `fail N` breaks after N
+tokens; `die` ends the thread; `stick` stops it without a word; anything else is answered with itself.
 """
 
 import itertools
@@ -28,7 +28,7 @@ class FakeRequest:
         prompt = "".join(map(chr, prompt_ids))
         command, _, rest = prompt.rpartition(SEPARATOR)[2].partition(" ")
         self.command = command
-        self.number = int(rest) if command in ("prefill", "fail") and rest.isdigit() else 0
+        self.number = int(rest) if command in ("prefill", "gap", "fail") and rest.isdigit() else 0
         self.wait = self.number if command == "prefill" else 0
         endless = command in ("endless", "prefill", "fail", "die", "stick")
         self.answer = itertools.cycle(LETTERS) if endless else iter(rest if command == "say" else prompt)
@@ -47,16 +47,24 @@ class FakeRequest:
         if not letter:
             return self.end(interface.STOP if letter is None else interface.LENGTH)
         self.done += 1
+        if self.command == "gap" and self.done == 1:
+            self.wait = self.number
         alternatives = tuple((ord(letter) + place, -0.5 - place) for place in range(self.params.logprobs or 0))
         logprob = None if self.params.logprobs is None else -0.5
         token = Token(ord(letter), letter, logprob, alternatives)
         if self.done == self.params.max_tokens:
             return self.end(interface.LENGTH, letter, (token,))
-        return Event(text=letter, tokens=(token,))
+        return Event(text=letter, tokens=(token,), prompt_tokens=self.scored_prompt() if self.done == 1 else ())
+
+    def scored_prompt(self):
+        if self.params.prompt_logprobs is None:
+            return ()
+        return tuple(Token(i, chr(i), -0.5 if place else None) for place, i in enumerate(self.prompt_ids))
 
     def end(self, reason, text="", tokens=(), error=None):
         counts = {"num_prompt_tokens": len(self.prompt_ids), "num_tokens": self.done}
-        return Event(text=text, tokens=tokens, finish_reason=reason, error=error, **counts)
+        prompt = self.scored_prompt() if self.done <= 1 and reason == interface.LENGTH else ()
+        return Event(text=text, tokens=tokens, prompt_tokens=prompt, finish_reason=reason, error=error, **counts)
 
 
 class FakeEngine:

@@ -129,11 +129,17 @@ def _event(data: bytes) -> bytes:
 
 
 def _stream_error(error: Exception) -> ApiError:
-    """The error object for what went wrong; a bug leaves its traceback in the log and its text out of the reply."""
     known = error if isinstance(error, ApiError) else of_engine(error)
-    if known is None or known.status == 500:
-        log.error("a stream failed", exc_info=error)
+    log_failure(error, known)
     return known or internal_error()
+
+
+def log_failure(error: Exception, known: ApiError | None) -> None:
+    """What the reply does not tell: a bug's traceback, the engine's own words."""
+    if known is None:
+        log.error("a request failed", exc_info=error)
+    elif known.status in (500, 502):
+        log.error("a request failed: %s: %s", type(error).__name__, error)
 
 
 def internal_error() -> ApiError:

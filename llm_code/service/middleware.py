@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_code.service.errors import ApiError, ClientGone, of_engine
-from llm_code.service.http import error_reply, internal_error
+from llm_code.service.http import error_reply, internal_error, log_failure
 from llm_code.service.lifecycle import Lifecycle
 from llm_code.service.settings import ServiceSettings
 
@@ -56,8 +56,7 @@ class Observe:
             seen.left = True
         except Exception as error:
             known = error if isinstance(error, ApiError) else of_engine(error)
-            if known is None or known.status == 500:
-                log.error("request %s failed", seen.request_id, exc_info=error)
+            log_failure(error, known)
             if seen.status is None:
                 await error_reply(known or internal_error())(scope, receive, send)
 
