@@ -161,8 +161,9 @@ def finish(args: argparse.Namespace, config: dict, files: ResultFiles, timing: d
     }
     written = [files.csv, files.jsonl, files.metrics]
     if metrics["labels"]:
-        name = Path(args.adapter_name_or_path or args.model_name_or_path).name
-        plot_confusion(metrics["labels"]["confusion"], name, files.confusion)
+        accuracy = metrics["accuracy"]
+        title = f"{files.csv.stem}: {100 * accuracy['value']:.1f} %, n = {len(records)}"
+        plot_confusion(metrics["labels"]["confusion"], title, files.confusion)
         written.append(files.confusion)
     else:
         files.confusion.unlink(missing_ok=True)
