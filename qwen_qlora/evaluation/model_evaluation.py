@@ -161,8 +161,9 @@ def finish(args: argparse.Namespace, config: dict, files: ResultFiles, timing: d
     }
     written = [files.csv, files.jsonl, files.metrics]
     if metrics["labels"]:
-        accuracy = metrics["accuracy"]
-        title = f"{files.csv.stem}: {100 * accuracy['value']:.1f} %, n = {len(records)}"
+        # An adapter's folder is called final: the folder above it tells which.
+        name = "/".join(Path(args.adapter_name_or_path or args.model_name_or_path).parts[-2:])
+        title = f"{name}, {100 * metrics['accuracy']['value']:.1f} % of {len(records)}"
         plot_confusion(metrics["labels"]["confusion"], title, files.confusion)
         written.append(files.confusion)
     else:
