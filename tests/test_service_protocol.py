@@ -179,7 +179,7 @@ def test_curl(service):
 
 
 def test_raw_bytes_of_a_stream(service):
-    """Every chunk is a whole event with its blank line, the last one too; then the body ends, the connection goes on."""
+    """Every chunk is a whole event with its blank line; then the body ends, and the connection goes on."""
     with closing(Raw(service.port)) as raw:
         body = {"messages": user("say 你😀"), "stream": True}
         raw.request("POST", CHAT, body, [f"Authorization: Bearer {KEY}"])
