@@ -136,7 +136,8 @@ def projection_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     a = torch.randn(sizes.rank, sizes.hidden, device=device) / sizes.hidden**0.5
     b = torch.randn(sizes.wide, sizes.rank, device=device) / sizes.rank**0.5
     for rate in (0.0, 0.1):
-        for fused in (True, False):
+        # peft draws its mask in float32, the reference in bfloat16: on a GPU these are different masks.
+        for fused in (True, False) if not rate else (True,):
             layer = lora_layer(device, sizes, rate, fused)
 
             def kernel(x, a, b, layer=layer):
