@@ -162,6 +162,12 @@ baichuan-finalize: ## [14] make final/ complete and check it (ARGS="--checkpoint
 	@$(call need,BAICHUAN_MODEL_DIR BAICHUAN_OUTPUT_DIR)$(call step,llm_env) python -m llm_code.finalize \
 	  --model_name_or_path "$$BAICHUAN_MODEL_DIR" --output_dir "$$BAICHUAN_OUTPUT_DIR" $(ARGS)
 
+.PHONY: baichuan-demo
+baichuan-demo: ## [17] talk to the fine-tuned model in the terminal
+	@$(call need,LLM_MODULE_MODEL_PATH)$(call step,llm_env) python -m llm_code.llm_demo.baichuan2_demo \
+	  --model_name_or_path "$$LLM_MODULE_MODEL_PATH" --engine "$${ENGINE:-local}" \
+	  $${UPSTREAM_URL:+--upstream_url "$$UPSTREAM_URL"} $(ARGS)
+
 .PHONY: baichuan-serve
 baichuan-serve: ## [12] serve the model on 127.0.0.1: OpenAI's protocol at /v1, and /internal/ask
 	@$(call need,ENVS_DIR LLM_MODULE_MODEL_PATH)bash llm_code/service/server.sh $(ARGS)

@@ -1,18 +1,14 @@
 """The terminal chat: its conversation logic alone, then the real program in a pipe and on a pseudo-terminal."""
 
-import json
-import os
-import pty
-import select
-import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
-from finetune.chat import Chat, fit_history, print_reply
 from finetune.errors import UserError
+from finetune.rows import read_rows
+from finetune.terminal import Chat, fit_history, print_reply
+from tests.terminal import Terminal, without_end
 
 WORDS = {"encode": lambda messages: [1] * sum(len(m["content"]) for m in messages)}
 
@@ -50,7 +46,7 @@ def test_a_conversation_remembers_and_forgets(capsys):
 
 
 def test_dropped_turns_are_announced_and_a_long_question_is_refused(capsys):
-    chat = Chat(**WORDS, answer=lambda ids: iter(["12345"]), room=10)
+    chat = Chat(**WORDS, answer=lambda ids: (piece for piece in ["12345"]), room=10)
     list(chat.ask("abcde"))
     list(chat.ask("abc"))
     assert "oldest 1 turns were dropped" in capsys.readouterr().err
@@ -71,17 +67,32 @@ def test_an_interrupted_reply_enters_the_history_as_far_as_it_was_said(capsys):
     assert capsys.readouterr().out == "half\n"
 
 
+def test_a_reply_interrupted_before_its_first_word_leaves_no_trace():
+    def answer(ids):
+        raise KeyboardInterrupt
+        yield
+
+    chat = Chat(**WORDS, answer=answer, room=100)
+    print_reply(chat.ask("question"))
+    assert chat.history == []
+
+
+def test_a_saved_conversation_is_a_training_row(tmp_path, capsys):
+    chat = Chat(**WORDS, answer=lambda ids: (piece for piece in ["好", "的"]), room=100)
+    assert chat.command("/save") and "no conversation" in capsys.readouterr().err
+    chat.command("/system 你是医生")
+    list(chat.ask("你好"))
+    for _ in range(2):
+        chat.command(f"/save {tmp_path / 'chats.jsonl'}")
+    rows = read_rows(tmp_path / "chats.jsonl")
+    assert [row.messages() for row in rows] == [chat.messages()] * 2
+    chat.command(f"/save {tmp_path}")
+    assert "cannot be written" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def endless_qwen(tiny_qwen, tmp_path_factory):
-    """The tiny model without its usual end tokens, so that a reply lasts as long as it may."""
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(tiny_qwen, folder)
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        unlikely = {"generation_config.json": 2276, "tokenizer_config.json": "<|extra_204|>"}[name]
-        settings.update({"eos_token_id": [unlikely]} if isinstance(unlikely, int) else {"eos_token": unlikely})
-        (folder / name).write_text(json.dumps(settings), encoding="utf-8")
-    return folder
+    return without_end(tiny_qwen, tmp_path_factory.mktemp("chat") / "model", 2276, "<|extra_204|>")
 
 
 def command(folder, *arguments):
@@ -103,46 +114,20 @@ def test_one_reply_a_line_through_a_pipe(endless_qwen):
     assert replies[0] != replies[1]
 
 
-class Terminal:
-    """A program on a pseudo-terminal, typed at and read as a person would."""
-
-    def __init__(self, arguments):
-        self.process, self.fd = pty.fork()
-        if self.process == 0:
-            os.execv(arguments[0], arguments)
-        self.seen = ""
-
-    def wait_for(self, text, timeout=120):
-        """Read until `text` comes behind what was waited for before."""
-        end = time.monotonic() + timeout
-        while text not in self.seen:
-            assert select.select([self.fd], [], [], end - time.monotonic())[0], f"no {text!r} in {self.seen!r}"
-            self.seen += os.read(self.fd, 65536).decode(errors="replace")
-        before, self.seen = self.seen.split(text, 1)
-        return before
-
-    def type(self, text):
-        os.write(self.fd, text.encode())
-
-    def status(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
-
-
 def test_ctrl_c_stops_the_reply_and_not_the_program(endless_qwen):
     terminal = Terminal(command(endless_qwen, "--max_new_tokens", "1900", "--temperature", "0"))
     terminal.wait_for("/help lists the commands.")
     terminal.wait_for("> ")
     terminal.type("你好\n")
     terminal.wait_for("\n")  # the echoed question
-    while len(terminal.seen) < 5:  # the reply has begun
-        terminal.seen += os.read(terminal.fd, 4096).decode(errors="replace")
+    terminal.wait_for_more(5)  # the reply has begun
     terminal.type("\x03")
     assert terminal.wait_for("(stopped)")
     terminal.wait_for("> ")
     terminal.type("/system 你是医生\n")
     terminal.wait_for("system text: 你是医生")
     terminal.wait_for("> ")
-    terminal.type("\x03")
-    terminal.wait_for("(/exit or Ctrl-D leaves)")
+    terminal.interrupt_until("(/exit or Ctrl-D leaves)")
+    terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.status() == 0

@@ -306,6 +306,12 @@ def check_json(name, text, question, answer):
     assert [(m["role"], m["content"]) for m in json.loads(text)["messages"]] == told
 
 
+def test_the_target_asks_the_service_of_the_settings(make):
+    done = make("baichuan-web", "DRY_RUN=1", "BAICHUAN_PORT=1082", environment={"ENVS_DIR": "/envs"})
+    expected = "--port 17860 --service_url http://127.0.0.1:1082/v1"
+    assert done.stdout.strip().endswith(f"python -m llm_code.web_framework.web_app {expected}"), done.stderr
+
+
 def test_enter_in_an_input_method_does_not_send(visitor, service):
     """The keys as Chromium sees them while pinyin becomes characters; then Safari's keyCode 229 behind them."""
     number, keys = len(service.requests), visitor.context.new_cdp_session(visitor.page)
