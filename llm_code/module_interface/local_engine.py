@@ -1,36 +1,25 @@
 """The local engine: continuous batching in this process, on the CPU or one GPU, over a loaded transformers model."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from finetune.conversation import encode_prompt
 from finetune.errors import UserError
 from finetune.generate import causal_model, stop_token_ids
 from llm_code.module_interface.cache import BLOCK, KeyValuePool, bytes_per_token, round_up
 from llm_code.module_interface.checks import check_request
 from llm_code.module_interface.decoder import Decoder
-from llm_code.module_interface.interface import (
-    Completion,
-    EngineDead,
-    EngineLimits,
-    EngineStats,
-    Event,
-    Message,
-    QueueFull,
-    SamplingParams,
-    messages_of,
-)
+from llm_code.module_interface.engine_base import EngineBase, recommended_params
+from llm_code.module_interface.interface import EngineDead, EngineLimits, EngineStats, Event, QueueFull, SamplingParams
 from llm_code.module_interface.operations import Operations
 from llm_code.module_interface.requests import LiveRequest
 from llm_code.module_interface.runner import Runner
 from llm_code.module_interface.scheduler import PrefillBudget, Scheduler
 from llm_code.module_interface.sequence import Sequence as Running
 from llm_code.module_interface.slots import Slots
-from llm_code.module_interface.tokens import TokenTexts
 from llm_code.module_interface.worker import Worker
 
 STALLED_SECONDS = 60.0  # without a step while there is work: the engine counts as not alive
@@ -49,7 +38,7 @@ class LocalOptions:
     lookahead: bool | None = None  # start a step before the tokens of the last are read; on a GPU
 
 
-class LocalEngine:
+class LocalEngine(EngineBase):
     """Implements interface.Engine. `on_death` is called once, in the engine's thread, when that ends with an error."""
 
     def __init__(
@@ -60,8 +49,8 @@ class LocalEngine:
         options: LocalOptions = LocalOptions(),
         on_death: Callable[[EngineDead], None] = lambda error: None,
     ) -> None:
-        self.model_name, self.tokenizer, self.texts = model_name, tokenizer, TokenTexts(tokenizer)
         lm = causal_model(model)
+        super().__init__(tokenizer, model_name, recommended_params(lm.generation_config))
         context = min(options.context or lm.config.max_position_embeddings, lm.config.max_position_embeddings)
         decoder = Decoder(model, context)
         on_gpu = decoder.device.type == "cuda"
@@ -78,7 +67,6 @@ class LocalEngine:
         self.limits = EngineLimits(
             context, decoder.vocabulary, max_batch, options.max_queue, queue_timeout=options.queue_timeout
         )
-        self.defaults = recommended_params(lm.generation_config)
         self._worker = Worker(scheduler, runner, frozenset(end_ids), lookahead, on_death, self.texts.pieces)
 
     def submit(
@@ -95,38 +83,6 @@ class LocalEngine:
             raise QueueFull(f"{limit} requests run or wait already; try again later.")
         return request
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """See interface.Engine."""
-        return encode_prompt(self.tokenizer, [dict(message) for message in messages])
-
-    def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of plain text, control tokens in it as text."""
-        return self.tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
-
-    def token_text(self, token_id: int) -> str:
-        """See interface.Engine."""
-        return self.texts.text(token_id)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """See interface.Engine."""
-        return self.texts.bytes(token_id)
-
-    def generate(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
-        """The whole answer to a conversation."""
-        return self.submit(self.encode_chat(messages), params or self.defaults).result()
-
-    def stream(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Event]:
-        """See interface.Engine."""
-        request = self.submit(self.encode_chat(messages), params or self.defaults)
-        try:
-            yield from request
-        finally:
-            request.cancel()
-
-    def predict(self, query: str, history: Sequence[tuple[str, str]] = ()) -> str:
-        """The answer to one question after earlier (question, answer) pairs."""
-        return self.generate(messages_of(query, history)).text
-
     def stats(self) -> EngineStats:
         """See interface.Engine."""
         return self._worker.stats(STALLED_SECONDS)
@@ -134,18 +90,6 @@ class LocalEngine:
     def close(self, drain_seconds: float = 0.0) -> None:
         """See interface.Engine."""
         self._worker.stop(drain_seconds)
-
-
-def recommended_params(config: Any) -> SamplingParams:
-    """What the checkpoint's generation config recommends; greedy where it does not sample."""
-    if not config.do_sample:
-        return SamplingParams(temperature=0.0, repetition_penalty=config.repetition_penalty or 1.0)
-    return SamplingParams(
-        temperature=1.0 if config.temperature is None else config.temperature,
-        top_p=config.top_p or 1.0,
-        top_k=config.top_k or 0,
-        repetition_penalty=config.repetition_penalty or 1.0,
-    )
 
 
 def make_pool(decoder: Decoder, num_layers: int, max_batch: int, context: int, cache_bytes: int | None) -> KeyValuePool:
