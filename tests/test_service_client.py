@@ -1,0 +1,166 @@
+"""The client: a question, a file, a conversation; busy, failing and absent services."""
+
+import asyncio
+import fcntl
+import json
+import os
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import httpx
+import pytest
+
+from finetune.errors import UserError
+from llm_code.service.client import read_questions
+from llm_code.service.client_api import Client, Refused
+from tests.conftest import REPOSITORY
+from tests.raw_http import Raw
+from tests.service_process import ServiceProcess, until
+
+KEY = "a-key-for-the-tests"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    settings = {"api_keys": [KEY]}
+    process = ServiceProcess(tmp_path_factory.mktemp("service") / "log", settings, {"max_batch": 2, "max_queue": 0})
+    yield process
+    assert process.stop() == 0
+
+
+def client(service, *flags, text=None, key=KEY):
+    command = [sys.executable, "-m", "llm_code.service.client", "--url", str(service.http.base_url), *flags]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "utf-8", **({"API_KEY": key} if key else {})}
+    return subprocess.run(command, cwd=REPOSITORY, input=text, capture_output=True, text=True, env=environment)
+
+
+def test_one_question(service):
+    done = client(service, "--question", "say 你好", "--max_tokens", "1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "你\n", "")
+
+
+def test_a_file_in_order_with_failures_in_their_place(service, tmp_path):
+    """More questions at a time than the service takes: refused ones come back when told to."""
+    questions = tmp_path / "questions.txt"
+    rows = ["say 一", "", '{"query": "say 二"}', "fail 0", '{"messages": [{"role": "user", "content": "say 三"}]}']
+    questions.write_text("\ufeff" + "\n".join([*rows, "say 四"]), encoding="utf-8")
+    done = client(service, "--file", str(questions), "--output", str(tmp_path / "out.jsonl"), "--concurrency", "5")
+    assert done.returncode == 1 and done.stdout == ""
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["query"] for row in answers] == ["say 一", "say 二", "fail 0", "say 三", "say 四"]
+    assert [row.get("answer") for row in answers] == ["一", "二", None, "三", "四"]
+    assert "computation" in answers[2]["error"]
+
+
+def test_the_progress_bar_on_a_terminal(service, tmp_path):
+    (tmp_path / "questions.txt").write_text("say a\n" * 3)
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "llm_code.service.client", "--url", str(service.http.base_url)]
+    command += ["--file", str(tmp_path / "questions.txt"), "--output", os.devnull]
+    done = subprocess.run(command, cwd=REPOSITORY, stderr=slave, env={**os.environ, "API_KEY": KEY})
+    os.close(slave)
+    assert done.returncode == 0 and b"3/3" in os.read(master, 65536)
+    os.close(master)
+
+
+def test_a_conversation_remembers(service):
+    """The scripted engine answers a text that is no command with the whole prompt: so with what was said before."""
+    done = client(service, "--system", "be brief", text="say 你\n\nhello\n")
+    assert done.returncode == 0
+    assert done.stdout.split("\x1e") == ["你\nbe brief", "say 你", "你", "hello\n"]
+
+
+def test_errors_in_one_line(service, tmp_path):
+    refused = client(service, "--question", "x", key=None)
+    assert refused.returncode == 2 and "401" in refused.stderr and "API_KEY" in refused.stderr
+    failed = client(service, "--question", "fail 2")
+    assert failed.returncode == 2 and "computation" in failed.stderr
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    for flags, word in [
+        (["--file", str(tmp_path / "none")], "found none"),
+        (["--file", str(empty)], "one question a line"),
+    ]:
+        done = client(service, *flags)
+        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_bad_lines_of_a_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for line in ("{", '{"a": 1}', '{"query": 5}'):
+        path.write_text(f"fine\n{line}\n")
+        with pytest.raises(UserError, match=r"rows\.jsonl:2: "):
+            read_questions(path, None)
+    path.write_text("fine\n")
+    assert [message["role"] for message in read_questions(path, "system")[0]] == ["system", "user"]
+
+
+def ask(url, patience, handler=None):
+    """The client's answer from a service, or from a function that plays one."""
+
+    async def run():
+        async with Client(url, KEY, patience=patience) as client:
+            if handler:
+                await client._http.aclose()
+                client._http = httpx.AsyncClient(base_url=url, transport=httpx.MockTransport(handler))
+            return await client.answer([{"role": "user", "content": "say 好"}])
+
+    return asyncio.run(run())
+
+
+def test_a_full_service_is_asked_again_when_it_says(service):
+    key = [f"Authorization: Bearer {KEY}"]
+    body = {"messages": [{"role": "user", "content": "endless"}], "stream": True, "max_tokens": 300}
+    full = [Raw(service.port).request("POST", "/v1/chat/completions", body, key) for _ in range(2)]
+    until(lambda: service.metric("llm_engine_running ") == 2)
+    with pytest.raises(Refused, match="429"):
+        ask(str(service.http.base_url), 0.1)
+    assert ask(str(service.http.base_url), 60) == "好"
+    assert service.metric('llm_rejected_total{reason="queue_full"}') >= 2
+    for raw in full:
+        raw.close()
+
+
+def test_retry_after_is_kept_and_patience_ends():
+    times = []
+
+    def busy_once(request):
+        times.append(time.monotonic())
+        if len(times) == 1:
+            return httpx.Response(503, headers={"Retry-After": "1"}, json={"error": {"message": "loading"}})
+        chunk = {"choices": [{"delta": {"content": "好"}, "finish_reason": "stop"}]}
+        return httpx.Response(200, text=f": comment\n\ndata: {json.dumps(chunk)}\n\ndata: [DONE]\n\n")
+
+    assert ask("http://service", 30, busy_once) == "好"
+    assert len(times) == 2 and times[1] - times[0] >= 1.0
+    asked = []
+
+    def never(request):
+        asked.append(request)
+        return httpx.Response(504, headers={"x-should-retry": "false"}, text="<html>")
+
+    with pytest.raises(Refused, match="504: <html>"):
+        ask("http://service", 30, never)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "events, message",
+    [
+        ('data: {"choices": [{"delta": {"content": "a"}, "finish_reason": null}]}\n\n', "broke off"),
+        ('data: {"error": {"message": "no memory"}}\n\ndata: [DONE]\n\n', "no memory"),
+        ("", "broke off"),
+    ],
+)
+def test_streams_that_end_badly_are_no_answers(events, message):
+    with pytest.raises(Refused, match=message):
+        ask("http://service", 5, lambda request: httpx.Response(200, text=events))
+
+
+def test_nobody_there():
+    with pytest.raises(Refused, match="make baichuan-serve"):
+        ask("http://127.0.0.1:1", 0.2)
