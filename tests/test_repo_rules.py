@@ -130,7 +130,7 @@ def test_every_path_in_the_readmes_exists(readme):
     text = (REPOSITORY / readme).read_text(encoding="utf-8")
     rooms = "|".join([*ROOMS, "env", "tests"])
     named = set(re.findall(rf"(?:{rooms})/[\w./-]*[\w/]", text)) | set(re.findall(r"\]\(([^):#]+)\)", text))
-    written = {read_example()["QWEN_RESULT_FILE"]}
+    written = {read_example()[key] for key in ("QWEN_RESULT_FILE", "QWEN_BASE_RESULT_FILE")}
     missing = [name for name in named - written if not (REPOSITORY / name).exists()]
     assert not missing
 
