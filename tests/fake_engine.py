@@ -68,8 +68,19 @@ class FakeRequest:
 
 
 class FakeEngine:
-    def __init__(self, step_seconds=0.005, max_batch=4, max_queue=4, context=4096, queue_timeout=None, load_seconds=0):
+    def __init__(
+        self,
+        step_seconds=0.005,
+        max_batch=4,
+        max_queue=4,
+        context=4096,
+        queue_timeout=None,
+        load_seconds=0,
+        refusal=None,
+    ):
         time.sleep(load_seconds)
+        if refusal:
+            raise interface.UserError(refusal)
         self.model_name, self.defaults = "fake", interface.SamplingParams()
         self.limits = interface.EngineLimits(context, 0x110000, max_batch, max_queue, queue_timeout=queue_timeout)
         self.step_seconds, self.ended, self.steps, self.generated = step_seconds, Counter(), 0, 0

@@ -3,14 +3,12 @@ them)."""
 
 import json
 import random
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
 
-from tests.conftest import REPOSITORY
 from tests.raw_http import Raw
 from tests.service_process import ServiceProcess
 
@@ -192,11 +190,3 @@ def test_chat_logprobs_join_to_the_content(service):
     for token in tokens:
         logprobs = [top["logprob"] for top in token["top_logprobs"]]
         assert logprobs == sorted(logprobs, reverse=True) and logprobs[0] >= token["logprob"] - 1e-6
-
-
-def test_f41_what_only_loading_finds_out_is_one_line_too(tiny_qwen):
-    command = [sys.executable, "-m", "llm_code.service.server", "--model_name_or_path", str(tiny_qwen), "--port", "0"]
-    done = subprocess.run([*command, "--cache_gib", "1e-9"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if " INFO " not in line]
-    assert len(errors) == 1 and errors[0].startswith("error: ") and "cache" in errors[0]

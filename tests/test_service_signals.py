@@ -163,6 +163,12 @@ def test_f41_bad_settings(tiny_baichuan, flags, word):
     assert_one_line(run("--model_name_or_path", str(tiny_baichuan), *flags, API_KEY=key), word)
 
 
+def test_f41_what_only_loading_finds_out_is_one_line_too(tmp_path):
+    service = ServiceProcess(tmp_path / "log", engine={"refusal": "the cache is too small"}, wait=False)
+    assert service.process.wait(10) == 2
+    assert [line for line in service.log().splitlines() if " INFO " not in line] == ["error: the cache is too small"]
+
+
 def test_a_bug_while_loading_ends_the_process_and_keeps_its_traceback(tmp_path):
     service = ServiceProcess(tmp_path / "log", engine={"load_seconds": "no number"}, wait=False)
     assert service.process.wait(10) == 1

@@ -16,6 +16,7 @@ from llm_code.service.strict_json import JsonError, parse
 
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 COMMENT, DONE = b": keep-alive\n\n", b"data: [DONE]\n\n"
+SMALL = 1 << 16  # bytes whose parsing holds nobody up
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,9 @@ async def read_json(request: Request, max_bytes: int) -> Any:
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length[:20]) > max_bytes:
         raise _too_large(max_bytes)
+    body = await _read(request.receive, max_bytes)
     try:
-        return await asyncio.to_thread(parse, await _read(request.receive, max_bytes))
+        return parse(body) if len(body) < SMALL else await asyncio.to_thread(parse, body)
     except JsonError as error:
         raise invalid(str(error)) from None
 
