@@ -155,7 +155,10 @@ def test_f20_head_and_options(connect):
     raw = connect()
     raw.request("HEAD", "/health")
     assert b" 200 " in raw.read_until(b"\r\n\r\n")
-    assert raw.request("OPTIONS", CHAT).response()[0] in (200, 204)
+    for path, allowed in ((CHAT, "OPTIONS, POST"), ("/v1/models/a", "GET, HEAD, OPTIONS")):
+        status, headers, _ = raw.request("OPTIONS", path).response()
+        assert status == 204 and headers["allow"] == allowed
+    assert raw.request("OPTIONS", "/nope").response()[0] == 404
     asked = ["Access-Control-Request-Method: POST", "Access-Control-Request-Headers: authorization,x-stainless-os"]
     status, headers, _ = raw.request("OPTIONS", CHAT, None, ["Origin: http://127.0.0.1:17860", *asked]).response()
     assert status == 200 and headers["access-control-allow-origin"] == "http://127.0.0.1:17860"

@@ -14,7 +14,7 @@ from llm_code.module_interface.interface import Engine
 from llm_code.service.errors import ApiError
 from llm_code.service.http import error_reply
 from llm_code.service.lifecycle import Lifecycle
-from llm_code.service.middleware import Keys, Limits, Observe, Preflight
+from llm_code.service.middleware import Keys, Limits, Observe, Options
 from llm_code.service.routes import ROUTES
 from llm_code.service.settings import ServiceSettings
 
@@ -30,7 +30,7 @@ def create_app(load_engine: Callable[[], Engine], settings: ServiceSettings) -> 
         await lifecycle.stop()
 
     layers = [Middleware(Observe, lifecycle=lifecycle), Middleware(Limits, settings=settings)]
-    layers += [Middleware(Preflight), Middleware(Keys, api_keys=settings.api_keys)]
+    layers += [Middleware(Options, routes=ROUTES), Middleware(Keys, api_keys=settings.api_keys)]
     if settings.cors_origins:  # outermost, so that a page can read the errors too
         options = {"allow_origins": settings.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
         layers.insert(0, Middleware(CORSMiddleware, **options))

@@ -6,9 +6,11 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_code.service.errors import ApiError, ClientGone, of_engine
@@ -111,19 +113,22 @@ class Limits:
         await self.app(scope, receive, send)
 
 
-class Preflight:
-    """OPTIONS needs no key and no route; a browser's preflight is answered further out where origins are allowed."""
+class Options:
+    """OPTIONS needs no key; a browser's preflight is answered further out where origins are allowed."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, routes: Sequence[Route]) -> None:
+        self.app, self.routes = app, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "OPTIONS":
-            headers = [(b"allow", b"GET, HEAD, POST, OPTIONS")]
-            await send({"type": "http.response.start", "status": 204, "headers": headers})
-            await send({"type": "http.response.body"})
-        else:
-            await self.app(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] != "OPTIONS":
+            return await self.app(scope, receive, send)
+        methods = {"OPTIONS"}
+        for route in self.routes:
+            if route.matches(scope)[0] is not Match.NONE:
+                methods |= route.methods or set()
+        if len(methods) == 1:
+            raise ApiError(404, "Not Found")
+        await Response(status_code=204, headers={"Allow": ", ".join(sorted(methods))})(scope, receive, send)
 
 
 class Keys:

@@ -47,7 +47,9 @@ def document() -> dict[str, Any]:
 
 
 def _paths() -> dict[str, Any]:
-    query = [_parameter(name, "query", name == "query") for name in protocol.AskRequest.model_fields]
+    limits = {"query": {"minLength": 1}, "apiType": {"enum": ["ask"]}}
+    fields = protocol.AskRequest.model_fields
+    query = [_parameter(name, "query", name == "query", **limits.get(name, {})) for name in fields]
     return {
         "/v1/chat/completions": {
             "post": _operation("ChatCompletion", "ChatCompletionRequest", stream="ChatCompletionChunk")
@@ -104,5 +106,5 @@ def _schema(name: str) -> dict[str, Any]:
     return {"schema": {"$ref": REFERENCE.format(model=name)}}
 
 
-def _parameter(name: str, place: str, required: bool) -> dict[str, Any]:
-    return {"name": name, "in": place, "required": required, "schema": {"type": "string"}}
+def _parameter(name: str, place: str, required: bool, **limits: Any) -> dict[str, Any]:
+    return {"name": name, "in": place, "required": required, "schema": {"type": "string", **limits}}

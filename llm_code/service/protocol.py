@@ -12,7 +12,8 @@ from llm_code.service.errors import ApiError, invalid
 MAX_CHOICES = 8
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
 MAX_PROMPTS = 256
-TEXT_OR_TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+STOPS = {"anyOf": [STOP, {"type": "array", "items": STOP, "maxItems": MAX_STOPS}, {"type": "null"}]}
 TEXT_OR_PARTS = {
     "anyOf": [
         {"type": "string"},
@@ -27,8 +28,15 @@ TEXT_OR_PARTS = {
         {"type": "null"},
     ]
 }
-TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-PROMPTS = {"anyOf": [*TEXT_OR_TEXTS["anyOf"], TOKENS, {"type": "array", "items": TOKENS}]}
+TEXT = {"type": "string", "minLength": 1}
+TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+SEVERAL = {"type": "array", "items": {"anyOf": [TEXT, TOKENS]}, "minItems": 1, "maxItems": MAX_PROMPTS}
+PROMPTS = {"anyOf": [TEXT, TOKENS, SEVERAL]}
+BIASES = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -94,7 +102,7 @@ def _nothing(value: Any) -> None:
         raise ValueError("not supported by this model")
 
 
-Unsupported = Annotated[Any, BeforeValidator(_nothing), WithJsonSchema({"type": "null"})]
+Unsupported = Annotated[Any, BeforeValidator(_nothing), WithJsonSchema({"enum": [None, False, "", [], {}]})]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenCount = Annotated[int, Field(ge=1, le=2**31)]
 
@@ -118,14 +126,12 @@ class Sampling(Request):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: Annotated[Any, BeforeValidator(_stops), WithJsonSchema(TEXT_OR_TEXTS)] = ()
+    stop: Annotated[Any, BeforeValidator(_stops), WithJsonSchema(STOPS)] = ()
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: Annotated[Any, BeforeValidator(_biases), WithJsonSchema({"type": "object"})] = Field(
-        default_factory=dict
-    )
+    logit_bias: Annotated[Any, BeforeValidator(_biases), WithJsonSchema(BIASES)] = Field(default_factory=dict)
     min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     ignore_eos: bool | None = None
     continue_final_message: Unsupported = None
