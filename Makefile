@@ -183,16 +183,16 @@ baichuan-web: ## [19] the chat page on 127.0.0.1:17860, in front of the service 
 
 ##@ Evaluation of either project's models
 .PHONY: mmcu-download
-mmcu-download: ## [15] fetch MMCU's workbooks (or take a folder that has them), and count them
+mmcu-download: ## [20] fetch MMCU's workbooks (or take a folder that has them), and count them
 	@$(call need,MMCU_DATA_DIR)$(call step,modelscope_env) python -m llm_code.llm_evaluation.mmcu_download --dataset_id "$$MMCU_DATASET_ID" \
 	  --revision "$$MMCU_DATASET_REVISION" --source "$$MMCU_SOURCE" --data_dir "$$MMCU_DATA_DIR" $(ARGS)
 
 .PHONY: baichuan-eval-mmcu
-baichuan-eval-mmcu: ## [15] MMCU: Chinese multiple-choice questions in four domains (LIMIT=500 for some of them)
+baichuan-eval-mmcu: ## [20] MMCU: Chinese multiple-choice questions in four domains (LIMIT=500 for some of them)
 	@$(call need,ENVS_DIR MMCU_DATA_DIR)bash llm_code/llm_evaluation/mmcu.sh $(if $(LIMIT),--limit "$(LIMIT)") $(ARGS)
 
 .PHONY: baichuan-eval-bleu
-baichuan-eval-bleu: ## [16] answer the psychology questions and score the answers with BLEU (LIMIT=50 for some)
+baichuan-eval-bleu: ## [21] answer the psychology questions and score the answers with BLEU (LIMIT=50 for some)
 	@$(call need,ENVS_DIR)bash llm_code/llm_evaluation/bleu.sh $(if $(LIMIT),--limit "$(LIMIT)") $(ARGS)
 
 .PHONY: qwen-eval-mmcu
@@ -206,14 +206,14 @@ qwen-report: ## one page about the adapter: training, scores before and after, s
 	@$(call need,QWEN_OUTPUT_DIR)$(call step,qwen_env) python -m finetune.before_after \
 	  --train_dir "$$QWEN_OUTPUT_DIR" --train_file "$$QWEN_TRAIN_FILE" --output_dir "$$EVAL_RESULT_DIR/qwen_report" \
 	  --score "test rows" "$${QWEN_BASE_RESULT_FILE%.csv}.jsonl" "$${QWEN_RESULT_FILE%.csv}.jsonl" \
-	  --score MMCU "$$EVAL_RESULT_DIR/qwen_mmcu_base/answers.jsonl" "$$EVAL_RESULT_DIR/qwen_mmcu_adapter/answers.jsonl" $(ARGS)
+	  --score "MMCU strict" "$$EVAL_RESULT_DIR/qwen_mmcu_base/answers.jsonl" "$$EVAL_RESULT_DIR/qwen_mmcu_adapter/answers.jsonl" $(ARGS)
 
 .PHONY: baichuan-report
 baichuan-report: ## one page about the fine-tuned model: training, scores before and after, samples, contamination
 	@$(call need,BAICHUAN_OUTPUT_DIR)$(call step,llm_env) python -m finetune.before_after \
 	  --train_dir "$$BAICHUAN_OUTPUT_DIR" --train_file "$$BAICHUAN_TRAIN_FILE" --output_dir "$$EVAL_RESULT_DIR/baichuan_report" \
 	  --score BLEU "$$EVAL_RESULT_DIR/bleu/psychology_result_bleu_base.jsonl" "$$EVAL_RESULT_DIR/bleu/psychology_result_bleu.jsonl" \
-	  --score MMCU "$$EVAL_RESULT_DIR/mmcu_base/answers.jsonl" "$$EVAL_RESULT_DIR/mmcu/answers.jsonl" $(ARGS)
+	  --score "MMCU strict" "$$EVAL_RESULT_DIR/mmcu_base/answers.jsonl" "$$EVAL_RESULT_DIR/mmcu/answers.jsonl" $(ARGS)
 
 ##
 ## [n] is the step of the walkthrough. BG=1 detaches any step (it survives the SSH session, log in logs/<step>.log),
