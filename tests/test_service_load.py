@@ -1,4 +1,4 @@
-"""Clients that leave, crowds and failing computations (faults F21 to F24, F30 to F36, F44 to F46), with the scripted
+"""Clients that leave, crowds and failing computations (faults F21 to F25, F30 to F36, F44 to F46), with the scripted
 engine."""
 
 import asyncio
@@ -13,6 +13,10 @@ from contextlib import closing
 import httpx
 import pytest
 
+from llm_code.module_interface.interface import SamplingParams
+from llm_code.service.answers import MAX_BUFFERED_EVENTS, Answers
+from llm_code.service.errors import ApiError
+from tests.fake_engine import FakeEngine
 from tests.raw_http import Raw
 from tests.service_process import ServiceProcess, until
 
@@ -149,6 +153,30 @@ def test_f24_two_hundred_impatient_clients(start):
     assert service.chat("say 好").status_code == 200
     assert time.monotonic() - started < 5
     idle(service)
+
+
+def test_f25_what_is_kept_for_a_reader_is_bounded():
+    """A reader that never comes back: its events are dropped beyond a number, and it is told so when it does."""
+    ended = []
+
+    async def read_late():
+        engine = FakeEngine(step_seconds=0, context=30_000)
+        jobs = [(list(map(ord, "endless")), SamplingParams(max_tokens=20_000))]
+        answers = Answers(engine, jobs, 60, lambda: ended.append(True))
+        answers.start()
+        while not ended:
+            await asyncio.sleep(0.01)
+        kept = answers._queue.qsize()
+        count = 0
+        try:
+            async for _ in answers.events():
+                count += 1
+        except ApiError as error:
+            return kept, count, error.code
+        finally:
+            engine.close()
+
+    assert asyncio.run(read_late()) == (MAX_BUFFERED_EVENTS + 1, MAX_BUFFERED_EVENTS, "slow_client")
 
 
 def test_f30_a_burst_of_four_times_the_capacity(start):

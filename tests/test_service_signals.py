@@ -25,7 +25,7 @@ def is_free(port):
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_f39_a_signal_while_idle(tmp_path, number):
     service = ServiceProcess(tmp_path / "log")
     service.send_signal(number)

@@ -1,7 +1,7 @@
 """The process of the service: its socket, its signals, its exit status.
 
-The first SIGTERM or SIGINT drains (/ready is 503 at once, running requests finish, the status is 0), the second ends
-the process now.
+The first SIGTERM, SIGINT or SIGHUP drains (/ready is 503 at once, running requests finish, the status is 0), the
+second ends the process now.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from llm_code.service.connections import connection_class
 from llm_code.service.logs import set_up_logging
 from llm_code.service.settings import ServiceSettings, check_address
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last one: the terminal is gone
 CLOSING_SECONDS = 5  # for replies that are complete to reach their readers
 ENGINE_LOST = 3
 log = logging.getLogger(__name__)
@@ -115,7 +115,8 @@ class ServiceServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's own raises the signal again at the end, which would turn a clean exit into a death by signal."""
-        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+        before = {number: signal.signal(number, self.handle_exit) for number in wanted}
         try:
             yield
         finally:

@@ -5,104 +5,12 @@ Unknown fields are ignored, as OpenAI's API does; what would change the answer a
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_code.service.errors import ApiError, invalid
+from llm_code.service.fields import MAX_PROMPTS, Biases, Content, Prompts, Stops, Unsupported
 
 MAX_CHOICES = 8
-MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
-MAX_PROMPTS = 256
-STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
-STOPS = {"anyOf": [STOP, {"type": "array", "items": STOP, "maxItems": MAX_STOPS}, {"type": "null"}]}
-TEXT_OR_PARTS = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["type", "text"],
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-            },
-        },
-        {"type": "null"},
-    ]
-}
-TEXT = {"type": "string", "minLength": 1}
-TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-SEVERAL = {"type": "array", "items": {"anyOf": [TEXT, TOKENS]}, "minItems": 1, "maxItems": MAX_PROMPTS}
-PROMPTS = {"anyOf": [TEXT, TOKENS, SEVERAL]}
-BIASES = {
-    "type": "object",
-    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-}
-
-
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError("expected a text or a list of texts")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"expected at most {MAX_STOPS} texts, got {len(stops)}")
-    if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        raise ValueError(f"expected texts of 1 to {MAX_STOP_CHARACTERS} characters")
-    return tuple(stops)
-
-
-def _content(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("expected a text or a list of text parts")
-    texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"expected parts of type text; this model reads nothing else, got {str(kind)[:40]}")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _prompts(value: Any) -> list[str | list[int]]:
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list) or not value:
-        raise ValueError("expected a text, a list of texts, a list of token ids or a list of such lists")
-    prompts = [value] if all(_is_id(item) for item in value) else value
-    if len(prompts) > MAX_PROMPTS:
-        raise ValueError(f"expected at most {MAX_PROMPTS} prompts, got {len(prompts)}")
-    for prompt in prompts:
-        if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(_is_id, prompt))):
-            raise ValueError("expected texts or lists of token ids (integers from 0), each with at least one")
-    return prompts
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _biases(value: Any) -> dict[int, float]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError("expected an object of token id: bias")
-    biases = {}
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise ValueError("expected token ids as keys")
-        if type(bias) not in (int, float) or not -100 <= bias <= 100:
-            raise ValueError("expected biases from -100 to 100")
-        biases[int(key)] = float(bias)
-    return biases
-
-
-def _nothing(value: Any) -> None:
-    if value:
-        raise ValueError("not supported by this model")
-
-
-Unsupported = Annotated[Any, BeforeValidator(_nothing), WithJsonSchema({"enum": [None, False, "", [], {}]})]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenCount = Annotated[int, Field(ge=1, le=2**31)]
 
@@ -126,12 +34,12 @@ class Sampling(Request):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: Annotated[Any, BeforeValidator(_stops), WithJsonSchema(STOPS)] = ()
+    stop: Stops = ()
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: Annotated[Any, BeforeValidator(_biases), WithJsonSchema(BIASES)] = Field(default_factory=dict)
+    logit_bias: Biases = Field(default_factory=dict)
     min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     ignore_eos: bool | None = None
     continue_final_message: Unsupported = None
@@ -144,7 +52,7 @@ class Sampling(Request):
 
 class ChatMessage(Request):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Any, BeforeValidator(_content), WithJsonSchema(TEXT_OR_PARTS)] = None
+    content: Content = None
     name: str | None = None
 
 
@@ -179,7 +87,7 @@ class ChatCompletionRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    prompt: Annotated[Any, BeforeValidator(_prompts), WithJsonSchema(PROMPTS)]
+    prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = 16
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

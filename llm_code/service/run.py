@@ -66,14 +66,14 @@ class Run:
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """(choice, event) of all choices, in the order in which they come."""
-        started = time.monotonic()
+        started, silent = time.monotonic(), True
         answers = await self._start()
         try:
             async with aclosing(answers.events()) as events:
                 async for index, event in events:
-                    if event.text and started:
+                    if event.text and silent:
                         self.metrics.first_token.observe(time.monotonic() - started)
-                        started = 0
+                        silent = False
                     if event.finish_reason is not None:
                         self.last_events[index] = event
                     yield index, event
