@@ -1,8 +1,11 @@
 """The chat page in a real browser, in front of a small service that answers slowly, refuses and breaks off."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,6 +143,7 @@ def test_a_streamed_answer_with_its_speed_and_nothing_from_outside(visitor, serv
     assert body["model"] == "tiny-baichuan" and body["stream"] and body["max_tokens"] == 1024
     assert "temperature" not in body, "the model's own sampling"
     assert "12356" in visitor.page.inner_text("#notice")
+    service.delay = 0.001
     with socket.create_server(("127.0.0.1", 0)) as outside:
         outside.settimeout(0.5)
         picture = f"http://127.0.0.1:{outside.getsockname()[1]}/x.png"
@@ -147,6 +151,8 @@ def test_a_streamed_answer_with_its_speed_and_nothing_from_outside(visitor, serv
         assert visitor.page.locator(f"{CHAT} img[src='{picture}']").count(), "the page has the picture's address"
         with pytest.raises(TimeoutError):
             outside.accept()
+    visitor.ask('<script>window.run = 1</script><img src="x" onerror="window.run = 2"> [x](javascript:window.run=3)')
+    assert visitor.page.evaluate("window.run") is None, "what a model writes is shown, not run"
     assert {url.split("/")[2] for url in visitor.asked if url.startswith("http")} == {served[0].split("/")[2]}
 
 
@@ -242,6 +248,55 @@ def test_a_reload_in_the_middle_gives_the_question_back(visitor, service):
     service.wait_until(lambda s: "很长，重新加载" in s.closed, 10)
     visitor.page.wait_for_function("document.querySelector('#question textarea')?.value")
     assert visitor.box() == "很长，重新加载"
+
+
+def test_two_tabs_and_a_full_storage(visitor):
+    """Each tab keeps its own conversation; the oldest ones make room for the newest."""
+    visitor.ask("标签一")
+    first, visitor.page = visitor.page, visitor.open()
+    visitor.page.click("#new")
+    visitor.page.locator(CHAT).get_by_text("我在听").wait_for()
+    visitor.ask("标签二")
+    visitor.page, second = first, visitor.page
+    visitor.ask("标签一的第二问")
+    assert {r["title"]: len(r["messages"]) for r in visitor.stored()} == {"标签一": 4, "标签二": 2}
+    second.reload()
+    second.locator(CHAT).get_by_text("回答：标签二。").wait_for()
+    big = "{id: String(n), title: 'big', time: n, system: '', messages: [{role: 'user', content: 'x'.repeat(1e6)}]}"
+    visitor.page.evaluate(f"for (let n = 1; n < 9; n++) window.chats.save(JSON.stringify({big}))")
+    kept = [record["id"] for record in visitor.stored()]
+    assert "8" in kept and "1" not in kept and len(kept) >= 5
+
+
+def test_the_program_with_the_service_key_of_the_settings(browser, service, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "llm_code.web_framework.web_app",
+        "--service_url",
+        service.url,
+        "--port",
+        str(port),
+    ]
+    variables = {**os.environ, "API_KEY": "first-key,second-key"}
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+    try:
+        assert f"The page is at http://127.0.0.1:{port}/" in process.stdout.readline()
+        someone = Visitor(browser, f"http://127.0.0.1:{port}/")
+        someone.ask("你好")
+        assert service.keys[-1] == "Bearer first-key"
+        someone.send("很长，程序结束")
+        someone.wait("词词")
+        taken = subprocess.run(command, capture_output=True, text=True)
+        assert taken.returncode == 2 and f"error: port {port} on 127.0.0.1 cannot be used" in taken.stderr
+        process.terminate()
+        assert process.wait(10) == 0
+        service.wait_until(lambda s: "很长，程序结束" in s.closed, 5)
+        someone.context.close()
+    finally:
+        process.kill()
 
 
 def test_a_full_queue_is_told_and_the_text_kept(visitor, service, pictures):

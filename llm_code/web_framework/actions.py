@@ -70,11 +70,12 @@ def undo(chat: list[Any], event: gr.UndoData) -> tuple:
 
 def finish(chat: list[Any], question: str, system: str, identity: str | None) -> tuple:
     """After the last word or a stop: the chat, the box (with the question, if it got no answer), and the record."""
-    messages = plain(chat)
+    messages, box = plain(chat), gr.Textbox(**READY_BOX)
     if messages and messages[-1]["role"] == "user":
-        question = question or messages.pop()["content"]
+        unanswered = messages.pop()["content"]
+        box = gr.Textbox(value=question or unanswered, **READY_BOX)
     record = packed(record_of(identity, messages, system)) if identity else ""
-    return messages, gr.Textbox(value=question, **READY_BOX), record
+    return messages, box, record
 
 
 def show_list(record: str, listing: str, identity: str | None) -> Any:

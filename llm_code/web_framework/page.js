@@ -1,6 +1,8 @@
 // What the page does in the browser: keep conversations, download files, and leave Enter to input methods.
 
 (() => {
+  document.documentElement.lang = "zh-CN";
+
   // One entry a conversation, so that two tabs do not overwrite each other's.
   const PREFIX = "baichuan-web/";
   const read = (id) => localStorage.getItem(PREFIX + id) || "";

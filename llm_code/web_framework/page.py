@@ -9,8 +9,9 @@ import gradio as gr
 from llm_code.web_framework import texts
 
 HERE = Path(__file__).parent
-CSS = (HERE / "page.css").read_text(encoding="utf-8")
-HEAD = f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>"
+# Not launch(css=...): gradio rewrites its selectors, and then rules for the page as a whole do not apply.
+STYLE, SCRIPT = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+HEAD = f"<style>{STYLE}</style><script>{SCRIPT}</script>"
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 
 

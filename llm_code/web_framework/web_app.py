@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,11 @@ def build_page(service: Any, feedback_file: Path) -> Any:
 
 
 def launch(page: Any, port: int) -> str:
-    """Serve the page in a thread and return its address. Raises UserError when the port is taken."""
+    """Serve the page in a thread and return its address."""
     from starlette.middleware import Middleware
 
-    from llm_code.web_framework.page import CSS, HEAD, theme
+    from llm_code.web_framework.page import HEAD, theme
 
-    check_port(port)
     page.queue(default_concurrency_limit=None, api_open=False)
     _, url, _ = page.launch(
         server_name=HOST,
@@ -73,7 +73,6 @@ def launch(page: Any, port: int) -> str:
         enable_monitoring=False,
         app_kwargs={"middleware": [Middleware(SecurityHeaders)]},
         theme=theme(),
-        css=CSS,
         head=HEAD,
     )
     return url
@@ -102,15 +101,18 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_port(args.port)
     # Set before gradio is imported: no look-ups of versions, no reports.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
     from llm_code.web_framework.service import Service
 
     key = os.environ.get("API_KEY", "").split(",")[0]  # the service may know several
     page = build_page(Service(args.service_url, key or None), args.feedback_file)
-    url = launch(page, args.port)
+    url, ended = launch(page, args.port), threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
     print(f"The page is at {url} and asks {args.service_url}. From elsewhere: make tunnel", flush=True)
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    ended.wait()
     page.close(verbose=False)
     # Streams of open pages would keep the server's thread for as long as an answer takes.
     sys.stdout.flush()
