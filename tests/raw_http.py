@@ -23,7 +23,7 @@ class Raw:
 
     def request(self, method="GET", path="/health", body=None, headers=()):
         """Send a request; a dict goes as JSON."""
-        lines = [f"{method} {path} HTTP/1.1", "Host: a", *headers]
+        lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *headers]
         data = b""
         if body is not None:
             data = body if isinstance(body, bytes) else json.dumps(body).encode()

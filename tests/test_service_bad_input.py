@@ -249,7 +249,7 @@ def test_f16_twenty_megabytes_are_refused_before_they_are_encoded():
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://a") as http,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
         ):
             while app.state.lifecycle.state != "ready":
                 await asyncio.sleep(0.01)

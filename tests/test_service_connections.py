@@ -72,7 +72,7 @@ def error_of(body):
 
 def head_of_post(*headers):
     return "\r\n".join(
-        [f"POST {CHAT} HTTP/1.1", "Host: a", "Content-Type: application/json", *headers, "", ""]
+        [f"POST {CHAT} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers, "", ""]
     ).encode()
 
 
@@ -113,15 +113,18 @@ def test_f08_gzip(connect):
 @pytest.mark.parametrize(
     "request_bytes, statuses",
     [
-        (b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 65_536 + b"\r\n\r\n", {400, 431}),
-        (b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"a: b\r\n" * 1000 + b"\r\n", {431}),
-        (b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", {414}),
-        (b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", {400, 414}),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 65_536 + b"\r\n\r\n", {400, 431}),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 1000 + b"\r\n", {431}),
+        (b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", {414}),
+        (b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", {400, 414}),
         (b"GET /health HTTP/1.1\r\n\r\n", {400}),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n", {400}),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcde", {400}),
-        (b"GET /health HTTP/1.1\r\nHost: a\r\nX: a\x00b\r\n\r\n", {400}),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", {400}),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcde",
+            {400},
+        ),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\x00b\r\n\r\n", {400}),
     ],
 )
 def test_f09_headers(connect, request_bytes, statuses):
@@ -165,6 +168,28 @@ def test_f20_head_and_options(connect):
     assert "authorization" in headers["access-control-allow-headers"]
     status, headers, _ = raw.request("OPTIONS", CHAT, None, ["Origin: http://evil.example", *asked]).response()
     assert "access-control-allow-origin" not in headers
+    status, headers, _ = raw.request("GET", "/nope", None, ["Origin: http://127.0.0.1:17860"]).response()
+    assert status == 404 and headers["access-control-allow-origin"]  # a page can read errors too
+
+
+def test_without_a_key_only_this_machines_names_are_answered(connect):
+    """A page of elsewhere whose name was pointed at 127.0.0.1 gets nothing."""
+    raw = connect()
+    for host, expected in [
+        ("localhost", 200),
+        ("127.0.0.1:10820", 200),
+        ("[::1]:10820", 200),
+        ("evil.example:10820", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("192.168.1.5", 403),
+        ("", 403),
+    ]:
+        raw.send(f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        status, _, body = raw.response()
+        assert status == expected, host
+        assert expected == 200 or error_of(body)["code"] == "unknown_host"
+    raw.send(b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n")
+    assert raw.response()[0] == 200
 
 
 def test_f25_a_reader_that_stops_reading_is_dropped_and_others_go_on(service, connect):
@@ -231,13 +256,13 @@ def test_f28_slow_senders_are_cut_off_at_the_deadline(service, connect):
 
 def test_f28_pipelined_and_repeated_requests_keep_their_connection(connect):
     raw = connect()
-    raw.send(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /ready HTTP/1.1\r\nHost: a\r\n\r\nGET /v1/mo")
+    raw.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /ready HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1/mo")
     assert [raw.response()[0] for _ in range(2)] == [200, 200]
-    raw.send(b"dels HTTP/1.1\r\nHost: a\r\n\r\n")
+    raw.send(b"dels HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert b'"list"' in raw.response()[2]
     time.sleep(1.8)  # longer than the receipt deadline, shorter than the keep-alive
     assert raw.request().response()[0] == 200
-    raw.send(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /hea")  # the beginning of a second one, and no more
+    raw.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea")  # the beginning of a second one, and no more
     assert raw.response()[0] == 200
     assert raw.wait_closed() < 5
 

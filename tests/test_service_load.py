@@ -312,9 +312,8 @@ def test_f45_ten_thousand_short_requests(start):
     """Memory, files and threads stay what they were after the first thousand."""
     service = start(engine={"step_seconds": 0.0002, "max_batch": 64, "max_queue": 64})
     body = json.dumps({"prompt": [65], "max_tokens": 1}).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    )
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", ""])
     request, process = f"{head}\r\n".encode() + body, f"/proc/{service.process.pid}"
 
     def send(count):

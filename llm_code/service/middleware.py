@@ -16,12 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llm_code.service.errors import ApiError, ClientGone, of_engine
 from llm_code.service.http import error_reply, internal_error, log_failure
 from llm_code.service.lifecycle import Lifecycle
-from llm_code.service.settings import ServiceSettings
+from llm_code.service.settings import ServiceSettings, is_loopback
 
 CHAT_PATH = "/v1/chat/completions"
 OPEN_PATHS = ("/health", "/ready")
 PATHS = (*OPEN_PATHS, "/metrics", "/openapi.json", "/internal/ask", "/v1/models", "/v1/completions", CHAT_PATH)
 CLIENT_LEFT = 499
+PORT = re.compile(r":\d+$")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 log = logging.getLogger("llm_code.service.access")
 
@@ -132,7 +133,11 @@ class Options:
 
 
 class Keys:
-    """A bearer token or X-Api-Key, compared by hash in constant time; scope["state"]["key"] says which key it was."""
+    """A bearer token or X-Api-Key, compared by hash in constant time; scope["state"]["key"] says which key it was.
+
+    Without keys only this machine can connect, but a page in its browser could too, under a name of its own that it
+    lets point here (DNS rebinding): then the Host must be this machine's.
+    """
 
     def __init__(self, app: ASGIApp, api_keys: tuple[str, ...]) -> None:
         self.app = app
@@ -140,7 +145,9 @@ class Keys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            number = self._number(scope) if self.digests and scope["path"] not in OPEN_PATHS else 0
+            number = 0
+            if scope["path"] not in OPEN_PATHS:
+                number = self._number(scope) if self.digests else self._check_host(scope)
             scope.setdefault("state", {})["key"] = str(number)
         await self.app(scope, receive, send)
 
@@ -156,3 +163,11 @@ class Keys:
                 return matches.index(True) + 1
         message = "expected one valid key: Authorization: Bearer <key>"
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    @staticmethod
+    def _check_host(scope: Scope) -> int:
+        host = Headers(scope=scope).get("host", "")
+        if not is_loopback(PORT.sub("", host).strip("[]")):
+            message = f"without API_KEY this service answers only to localhost and 127.0.0.1, not to {host[:100]!r}"
+            raise ApiError(403, message, code="unknown_host")
+        return 0

@@ -22,6 +22,7 @@ REPLIES = (
 FAULTS = {
     400: "the request is at fault; param names the field",
     401: "no valid key",
+    403: "a Host that is not this machine's, where no key is set",
     404: "no such model",
     413: "the body is too large",
     415: "the body is not JSON",
@@ -55,9 +56,12 @@ def _paths() -> dict[str, Any]:
             "post": _operation("ChatCompletion", "ChatCompletionRequest", stream="ChatCompletionChunk")
         },
         "/v1/completions": {"post": _operation("Completion", "CompletionRequest", stream="Completion")},
-        "/v1/models": {"get": _operation("ModelList", faults=(401, 503))},
+        "/v1/models": {"get": _operation("ModelList", faults=(401, 403, 503))},
         "/v1/models/{name}": {
-            "get": {**_operation("ModelCard", faults=(401, 404, 503)), "parameters": [_parameter("name", "path", True)]}
+            "get": {
+                **_operation("ModelCard", faults=(401, 403, 404, 503)),
+                "parameters": [_parameter("name", "path", True)],
+            }
         },
         "/internal/ask": {
             "post": _operation("AskReply", "AskRequest"),
