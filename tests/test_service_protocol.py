@@ -9,7 +9,10 @@ import openai
 import pytest
 from pydantic import TypeAdapter
 
+from llm_code.module_interface.interface import Token
 from llm_code.service import replies
+from llm_code.service.logprobs import text_logprobs
+from tests.fake_engine import FakeEngine
 from tests.raw_http import Raw
 from tests.service_process import ServiceProcess
 
@@ -266,3 +269,12 @@ def test_openapi_describes_what_is_sent(service):
         (replies.ErrorReply, service.http.get("/nope")),
     ]:
         TypeAdapter(kind).validate_json(response.content, strict=True)
+
+
+def test_scores_from_an_upstream_server_that_tells_no_ids():
+    """The half of a character and the text it completes are one token: it keeps the name it has among the likeliest."""
+    token = Token(-1, "你", -0.5, ((-1, -0.5), (-1, -2.0)), ("bytes:\\xa0", "好"))
+    scores = text_logprobs(FakeEngine(), [Token(-1, ""), token, Token(-1, "a", -3.0)], offset=0)
+    assert scores.tokens == ["", "bytes:\\xa0", "a"] and scores.token_logprobs == [None, -0.5, -3.0]
+    assert scores.top_logprobs == [None, {"bytes:\\xa0": -0.5, "好": -2.0}, {"a": -3.0}]
+    assert scores.text_offset == [0, 0, 1]

@@ -50,7 +50,7 @@ def text_logprobs(engine: Engine, tokens: Sequence[Token], offset: int) -> TextL
         offsets.append(offset)
         offset += len(token.text)
     return TextLogprobs(
-        tokens=[_name(engine, token.id, token.text) for token in tokens],
+        tokens=[_own_name(engine, token) for token in tokens],
         token_logprobs=[None if token.logprob is None else _finite(token.logprob) for token in tokens],
         top_logprobs=[_top(engine, token) for token in tokens],
         text_offset=offsets,
@@ -63,8 +63,17 @@ def _top(engine: Engine, token: Token) -> dict[str, float] | None:
     texts = token.alternative_texts or [""] * len(token.alternatives)
     named = zip(token.alternatives, texts, strict=True)
     top = {_name(engine, identifier, text): _finite(logprob) for (identifier, logprob), text in named}
-    top.setdefault(_name(engine, token.id, token.text), _finite(token.logprob))
+    top.setdefault(_own_name(engine, token), _finite(token.logprob))
     return top
+
+
+def _own_name(engine: Engine, token: Token) -> str:
+    """Of a token whose id an upstream server does not tell: the alternative it is, by its log-probability."""
+    if token.id < 0:
+        for text, (_, logprob) in zip(token.alternative_texts, token.alternatives, strict=False):
+            if logprob == token.logprob:
+                return text
+    return _name(engine, token.id, token.text)
 
 
 def _name(engine: Engine, token_id: int, text: str) -> str:
