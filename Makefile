@@ -181,6 +181,10 @@ baichuan-client: ## [13] ask the service (QUESTION=..., or FILE=questions.txt, o
 baichuan-web: ## [19] the chat page on 127.0.0.1:17860, in front of the service (BG=1 detaches it)
 	@$(call need,ENVS_DIR)bash llm_code/web_framework/web_service.sh $(ARGS)
 
+.PHONY: bench-serve
+bench-serve: ## measure the engine against transformers, on a CPU with SmolLM2 or with ARGS=--gpu on the card
+	@$(call need,ENVS_DIR)$(call step,llm_env) python -m benchmarks.bench_serve $(ARGS)
+
 ##@ Evaluation of either project's models
 .PHONY: mmcu-download
 mmcu-download: ## [20] fetch MMCU's workbooks (or take a folder that has them), and count them

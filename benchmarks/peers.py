@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,9 +36,24 @@ def generate_batch(model: Any, prompts: list[list[int]], new_tokens: int) -> lis
     return [list(output.generated_tokens) for output in order]
 
 
+class _Streamer:
+    """What generate calls with the prompt, then with every token."""
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        self.note, self.seen_prompt = note, False
+
+    def put(self, tokens: torch.Tensor) -> None:
+        if self.seen_prompt:
+            self.note()
+        self.seen_prompt = True
+
+    def end(self) -> None:
+        pass
+
+
 @torch.inference_mode()
-def bare_loop(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    """Greedy tokens of model.generate for one prompt, end tokens or not."""
+def bare_loop(model: Any, prompt: list[int], new_tokens: int, note: Callable[[], None] | None = None) -> list[int]:
+    """Greedy tokens of model.generate for one prompt, end tokens or not; `note` is called at every token."""
     ids = torch.tensor([prompt], device=model.device)
     output = model.generate(
         ids,
@@ -46,5 +62,6 @@ def bare_loop(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
         min_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=0,
+        streamer=_Streamer(note) if note else None,
     )
     return output[0, len(prompt) :].tolist()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers import continuous_batching
+from finetune.errors import run_main
 from llm_code.module_interface.interface import SamplingParams
 from llm_code.module_interface.local_engine import LocalEngine, LocalOptions
 
@@ -223,13 +224,13 @@ def _print_many(engine: LocalEngine, prompts: list[list[int]], params: list[Samp
     return speed
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--skip_peers", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     on_gpu = device.type == "cuda"
@@ -242,13 +243,14 @@ def main() -> None:
     prompts = random_prompts(args.requests, model.config.vocab_size, 64, 512)
     many = measure_engine(args, model, prompts, rate)
     if args.skip_peers:
-        return
+        return 0
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
     speed = continuous_batching(model, prompts, args.new_tokens)
     print(f"{'transformers, generate_batch, the same requests':44} {speed:9.0f}   the engine: {many / speed:.1f} x")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

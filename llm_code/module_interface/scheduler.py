@@ -5,7 +5,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llm_code.module_interface.cache import ExtentAllocator, KeyValuePool
+from llm_code.module_interface.cache import BLOCK, ExtentAllocator, KeyValuePool
 from llm_code.module_interface.interface import (
     CANCELLED,
     ERROR,
@@ -146,6 +146,11 @@ class Scheduler:
 
     def _still_there(self, shared: Shared) -> bool:
         return self.prefixes.holds(shared) or any(s.extent.start == shared.start for s in self.running)
+
+    def make_room(self) -> None:
+        """After memory ran out: keep no finished prompt, and compute prompts in smaller chunks from now on."""
+        self.prefixes.clear()
+        self.budget = PrefillBudget(*(max(size // 2, BLOCK) for size in (self.budget.shared, self.budget.alone)))
 
     def end(self, sequence: Sequence, reason: str, error: EngineError | None = None) -> None:
         """Finish a sequence early and free what it holds."""

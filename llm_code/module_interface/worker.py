@@ -51,13 +51,12 @@ class Worker:
         self._accepted = 0  # requests not ended yet
         self._pending: Pending | None = None
         self._draining = self._stopping = False
+        self._ready = threading.Event()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
-
-    @property
-    def num_accepted(self) -> int:
-        """Requests running and waiting."""
-        return self._accepted
+        self._ready.wait()
+        if self.error is not None:
+            raise self.error
 
     @property
     def is_busy(self) -> bool:
@@ -121,6 +120,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self.runner.prepare()
+            self._ready.set()
             while self._wait():
                 self._step()
         except BaseException as error:  # whatever it is: nobody may wait for this thread
@@ -173,7 +173,7 @@ class Worker:
             self._deliver(self._pending)
             self._pending = None
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            self.scheduler.prefixes.clear()
+            self.scheduler.make_room()
             self.runner.free_memory()
         del error  # its traceback holds the failed step's tensors
         for part in step.parts():
@@ -250,7 +250,9 @@ class Worker:
         with self._condition:
             self.error = error
         self._end_all(ERROR, error)
-        self.on_death(error)
+        if self._ready.is_set():
+            self.on_death(error)
+        self._ready.set()
 
 
 def _is_fatal(error: Exception) -> bool:
