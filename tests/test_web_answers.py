@@ -7,9 +7,6 @@ import time
 import httpx
 import pytest
 
-pytest.importorskip("gradio")
-
-from llm_code.web_framework.answering import answer, chosen_sampling, outcome
 from llm_code.web_framework.conversations import (
     as_json,
     as_markdown,
@@ -84,6 +81,12 @@ def test_an_answer_that_does_not_end_well(events, kind, words):
         (503, b"{}", {}, "还没有准备好"),
         (401, b'{"error": {"message": "no key"}}', {}, "API_KEY"),
         (400, b'{"error": {"message": "temperature: too hot"}}', {}, "400.*too hot"),
+        (
+            400,
+            b'{"error": {"message": "4103 tokens", "code": "context_length_exceeded"}}',
+            {},
+            "请缩短问题.*4103 tokens",
+        ),
         (500, b"\xff", {}, "500"),
         (502, b'{"error": "text"}', {}, "502"),
     ],
@@ -100,6 +103,8 @@ def test_no_service_is_told_with_what_to_start():
 
 
 def test_a_refused_question_goes_back_and_the_chat_is_as_before():
+    from llm_code.web_framework.answering import answer  # here, since gradio takes seconds to import
+
     service = service_that_answers(b'{"error": {"message": "busy"}}', 429)
     chat = [*TALK, {"role": "user", "content": "丙"}]
 
@@ -112,6 +117,8 @@ def test_a_refused_question_goes_back_and_the_chat_is_as_before():
 
 
 def test_speed_counts_from_the_first_token():
+    from llm_code.web_framework.answering import outcome  # here, since gradio takes seconds to import
+
     progress = Progress(started=time.monotonic())
     progress.num_tokens, progress.first, progress.elapsed = 11, 2.0, 4.0
     assert progress.speed == 5.0
@@ -121,6 +128,8 @@ def test_speed_counts_from_the_first_token():
 
 
 def test_sampling_is_the_models_own_unless_asked_for():
+    from llm_code.web_framework.answering import chosen_sampling  # here, since gradio takes seconds to import
+
     assert chosen_sampling(True, 0.3, 0.9, 64.0) == {"max_tokens": 64}
     assert chosen_sampling(False, 0.3, 0.9, 64.0) == {"max_tokens": 64, "temperature": 0.3, "top_p": 0.9}
 

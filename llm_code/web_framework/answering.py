@@ -8,9 +8,8 @@ import gradio as gr
 
 from llm_code.web_framework import texts
 from llm_code.web_framework.conversations import Message, plain, to_send
-from llm_code.web_framework.service import BrokenOff, Progress, Refused, Service
+from llm_code.web_framework.service import TOO_LONG, BrokenOff, Progress, Refused, Service
 
-TOO_LONG = "context_length_exceeded"
 # Between two looks at a silent service. Gradio notices that a page was closed only when there is something to send.
 HEARTBEAT_SECONDS = 1.0
 SHOWN_PER_SECOND = 12  # a redraw costs the browser more than a token costs a fast engine

@@ -110,5 +110,5 @@ def _settings() -> dict[str, Any]:
         "recommended": gr.Checkbox(True, label=texts.RECOMMENDED, info=texts.RECOMMENDED_HINT, elem_id="recommended"),
         "temperature": gr.Slider(0, 2, 0.3, step=0.05, label=texts.TEMPERATURE, info=texts.TEMPERATURE_HINT),
         "top_p": gr.Slider(0.05, 1, 0.85, step=0.05, label=texts.TOP_P, info=texts.TOP_P_HINT),
-        "max_tokens": gr.Slider(16, 4096, 1024, step=16, label=texts.MAX_TOKENS, info=texts.MAX_TOKENS_HINT),
+        "max_tokens": gr.Slider(16, 2048, 1024, step=16, label=texts.MAX_TOKENS, info=texts.MAX_TOKENS_HINT),
     }

@@ -11,6 +11,7 @@ import httpx
 from llm_code.web_framework import texts
 
 Message = dict[str, str]
+TOO_LONG = "context_length_exceeded"  # the protocol's code
 # No limit on the wait for the next token: a queue may be long. Connecting to a service that runs takes no time.
 TIMEOUT = httpx.Timeout(None, connect=5.0)
 
@@ -142,4 +143,6 @@ def refusal(status: int, headers: httpx.Headers, body: bytes) -> Refused:
         return Refused(texts.NOT_READY, code)
     if status == 401:
         return Refused(texts.NO_KEY, code)
+    if code == TOO_LONG:
+        return Refused(texts.TOO_LONG_QUESTION.format(message=message), code)
     return Refused(texts.REFUSED.format(status=status, message=message), code)
