@@ -279,10 +279,13 @@ def test_the_program_with_the_service_key_of_the_settings(browser, service, tmp_
         "--port",
         str(port),
     ]
-    variables = {**os.environ, "API_KEY": "first-key,second-key"}
+    proxy = "http://127.0.0.1:9"  # nobody there
+    variables = {**os.environ, "API_KEY": "first-key,second-key", "http_proxy": proxy, "HTTP_PROXY": proxy}
     process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
     try:
         assert f"The page is at http://127.0.0.1:{port}/" in process.stdout.readline()
+        with pytest.raises(ConnectionRefusedError):  # 127.0.0.1 alone
+            socket.create_connection(("127.0.0.2", port), timeout=5)
         someone = Visitor(browser, f"http://127.0.0.1:{port}/")
         someone.ask("你好")
         assert service.keys[-1] == "Bearer first-key"

@@ -104,6 +104,8 @@ def main() -> None:
     check_port(args.port)
     # Set before gradio is imported: no look-ups of versions, no reports.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
+    # Gradio asks its own address before it goes on: not by way of the proxy that rented boxes have for downloads.
+    os.environ.update(NO_PROXY=HOST, no_proxy=HOST)
     from llm_code.web_framework.service import Service
 
     key = os.environ.get("API_KEY", "").split(",")[0]  # the service may know several
