@@ -158,11 +158,14 @@ def test_a_streamed_answer_with_its_speed_and_nothing_from_outside(visitor, serv
 def test_stop_reaches_the_service_and_what_was_said_stays(visitor, service, pictures):
     visitor.send("很长的回答，停止")
     visitor.wait("词词词")
-    visitor.page.press(BOX, "Enter")  # does not start a second one
+    number = len(service.requests)
+    visitor.send("提前写的")  # does not start a second answer
+    visitor.page.wait_for_timeout(200)
     visitor.page.click("#question .stop-button")
     service.wait_until(lambda s: "很长的回答，停止" in s.closed, 5)
     visitor.ready()
     visitor.wait("已停止", STATUS)
+    assert len(service.requests) == number and visitor.box() == "提前写的"
     said = visitor.bubbles()[-1]
     assert set(said) == {"词"} and visitor.stored()[0]["messages"][-1]["content"] == said
     visitor.picture("stopped", pictures)
