@@ -16,6 +16,16 @@ def test_extents_never_overlap_and_nothing_is_lost():
             if rng.random() < 0.3:
                 allocator.shrink(extent, rng.randrange(1, extent.size + 1))
             allocator.release(extent)
+        elif held and rng.random() < 0.2:
+            extent = rng.choice(held)
+            before = extent.size
+            behind = {t for e in held for t in range(e.start, e.start + e.size)}
+            wanted = before + rng.randrange(1, 3 * BLOCK)
+            rounded = -(-wanted // BLOCK) * BLOCK
+            new = range(extent.start + before, extent.start + rounded)
+            fits = new.stop <= 64 * BLOCK and behind.isdisjoint(new)
+            assert allocator.extend(extent, wanted) == fits
+            assert extent.size == (rounded if fits else before)
         elif extent := allocator.allocate(rng.randrange(1, 8 * BLOCK)):
             held.append(extent)
         taken = [token for e in held for token in range(e.start, e.start + e.size)]

@@ -302,6 +302,49 @@ def test_the_cache_is_bounded_and_admits_by_tokens():
     running.close()
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_answers_that_outgrow_the_cache_are_set_back_and_go_on(monkeypatch, lookahead):
+    """Room for 12 blocks and four answers that need 7 or 8 each: greedy and sampled ones, with penalties and scores."""
+    monkeypatch.setattr("llm_code.module_interface.scheduler.ROOM", 16)
+    block = 2 * 2 * 2 * 16 * 4 * 16
+    asked = prompts(30, 20, 25, 40)
+    settings = [
+        greedy(80, stop=("nowhere",)),
+        SamplingParams(max_tokens=90, seed=3, logprobs=2),
+        greedy(85, repetition_penalty=1.2, frequency_penalty=0.3),
+        SamplingParams(max_tokens=70, seed=4, top_p=0.8, prompt_logprobs=1),
+    ]
+    spacious = engine(lookahead=lookahead)
+    expected = [spacious.submit(p, s).result(30) for p, s in zip(asked, settings, strict=True)]
+    running = engine(lookahead=lookahead, cache_bytes=12 * block + 100)
+    requests = [running.submit(p, s) for p, s in zip(asked, settings, strict=True)]
+    for request, wanted in zip(requests, expected, strict=True):
+        found = request.result(60)
+        assert token_ids(found) == token_ids(wanted) and found.text == wanted.text
+        assert len(found.prompt_tokens) == len(wanted.prompt_tokens)
+        scores = [token.logprob for token in wanted.tokens]
+        assert [t.logprob for t in found.tokens] == (scores if None in scores else pytest.approx(scores, abs=1e-4))
+    assert running._worker.scheduler.num_set_back > 0
+    assert token_ids(expected[0]) == answer(model(), asked[0], 80)
+    assert idle(running) and running.stats().generated_tokens == 325
+    running.close(), spacious.close()
+
+
+def test_an_answer_alone_may_fill_the_whole_cache(monkeypatch):
+    """Also from a place where it can neither grow nor be copied elsewhere."""
+    monkeypatch.setattr("llm_code.module_interface.scheduler.ROOM", 16)
+    block = 2 * 2 * 2 * 16 * 4 * 16
+    running = engine(cache_bytes=10 * block + 100)
+    gate, asked = Gate(running), prompts(40, 33)
+    first = running.submit(asked[0], greedy(2))
+    second = running.submit(asked[1], greedy(160 - 33))
+    gate.open()
+    assert token_ids(first.result(30)) == answer(model(), asked[0], 2)
+    assert token_ids(second.result(30)) == answer(model(), asked[1], 160 - 33)
+    assert idle(running)
+    running.close()
+
+
 def test_a_long_prompt_delays_nobody():
     """While 200 tokens are prefilled 16 at a time, a running answer gets a token every step, a short prompt starts."""
     running = engine(prefill_tokens=16)

@@ -97,6 +97,12 @@ def test_three_ways_to_the_same_cut():
     whole = sampler._thresholds_among(probs, top_k, top_p, size)[0]
     torch.testing.assert_close(sampler.cut_thresholds(probs, top_k, top_p), whole, rtol=0, atol=0)
     kept = {"sorted": probs >= whole[:, None]}
+    no_limits = (torch.zeros_like(top_k), torch.ones_like(top_p))
+    for cuts, same in (((top_k, None), (top_k, no_limits[1])), ((None, top_p), (no_limits[0], top_p))):
+        expected = sampler._thresholds_among(probs, *same, size)[0]
+        torch.testing.assert_close(sampler.cut_thresholds(probs, *cuts), expected, rtol=0, atol=0)
+        found = sampler._thresholds_by_bisection(probs, *cuts)
+        assert ((probs >= found[:, None]) != (probs >= expected[:, None])).sum() <= 2
     kept["bisected"] = probs >= sampler._thresholds_by_bisection(probs, top_k, top_p)[:, None]
     for row in range(rows):
         params = SamplingParams(top_k=int(top_k[row]), top_p=float(top_p[row]))

@@ -63,6 +63,16 @@ class ExtentAllocator:
             end = after[1]
         insort(self._free, (start, end))
 
+    def extend(self, extent: Extent, tokens: int) -> bool:
+        """Lengthen an extent where it lies to at least `tokens`; False when the tokens behind it are not free."""
+        end, wanted = extent.start + extent.size, round_up(tokens) - extent.size
+        for index, (start, stop) in enumerate(self._free):
+            if start == end and stop - start >= wanted:
+                self._free[index : index + 1] = [(start + wanted, stop)] if stop - start > wanted else []
+                extent.size += wanted
+                return True
+        return False
+
     def shrink(self, extent: Extent, tokens: int) -> None:
         """Give back what lies behind the first `tokens` (rounded up to a block)."""
         size = round_up(tokens)

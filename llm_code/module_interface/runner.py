@@ -61,7 +61,13 @@ class Pending:
     sampled: Sampled | None
     prompt_scores: list[tuple[Chunk, tuple[Tensor, Tensor, Tensor]]]
     finished_prompts: list[Sequence]  # those that want no token
+    times_set_back: list[int]  # of each sequence when the step began
     ready: Any = None  # a CUDA event
+
+    def answers(self) -> list[tuple[Sequence, Token]]:
+        """The chosen tokens of those sequences that still wait for this step."""
+        rows = zip(self.sequences, self.tokens(), self.times_set_back, strict=False)
+        return [(sequence, token) for sequence, token, times in rows if times == sequence.times_set_back]
 
     def tokens(self) -> list[Token]:
         """The chosen tokens, one for each sequence; waits for the device. An id of -1 means that its scores failed."""
@@ -129,7 +135,9 @@ class Runner:
     def to_device(self, numbers: list) -> Tensor:
         """Whole numbers as a tensor, without waiting for the device's work."""
         tensor = torch.tensor(numbers, dtype=torch.int64)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        if self.device.type != "cuda" or not tensor.numel():
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def free_memory(self) -> None:
         """Return what the allocator keeps for later, after memory ran out."""
@@ -146,7 +154,7 @@ class Runner:
     def _forward(self, step: Step) -> Tensor:
         """(T, C) states of all tokens of a step."""
         rows = self._rows(step.decode)
-        new_ids = [i for chunk in step.chunks for i in chunk.sequence.prompt[chunk.begin : chunk.end]]
+        new_ids = [i for chunk in step.chunks for i in chunk.sequence.context[chunk.begin : chunk.end]]
         positions = [i for chunk in step.chunks for i in range(chunk.begin, chunk.end)]
         places = [chunk.sequence.extent.start + i for chunk in step.chunks for i in range(chunk.begin, chunk.end)]
         new = self.to_device([new_ids, positions, places])
@@ -166,7 +174,7 @@ class Runner:
         prompt_scores, finished = [], []
         for chunk in step.chunks:
             size = chunk.end - chunk.begin
-            if chunk.sequence.params.prompt_logprobs is not None:
+            if chunk.sequence.params.prompt_logprobs is not None and not chunk.sequence.tokens:
                 prompt_scores.append((chunk, self._prompt_scores(chunk, hidden_TC[offset : offset + size])))
             offset += size
             if chunk.is_last and chunk.sequence.max_tokens > 0:
@@ -192,7 +200,8 @@ class Runner:
             sampled = Sampled(*(None if t is None else _to_host(t) for t in vars(sampled).values()))
             ready = torch.cuda.Event()
             ready.record()
-        return Pending(sequences, sampled, list(prompt_scores), list(finished), ready)
+        times = [sequence.times_set_back for sequence in sequences]
+        return Pending(sequences, sampled, list(prompt_scores), list(finished), times, ready)
 
     def _sample(self, step: Step, sequences: list[Sequence], logits_RV: Tensor) -> Sampled:
         needs = Needs.of(sequence.params for sequence in sequences)

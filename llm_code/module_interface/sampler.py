@@ -1,7 +1,9 @@
 """The next token of every row, chosen with the row's own parameters in one pass over all rows.
 
 Randomness is a function of (the request's seed, number of the token) and needs no generator: the same request draws
-the same numbers in any company and on any device. Dimensions: R rows, V vocabulary, K candidates or alternatives.
+the same numbers in any company and on any device. Its scores are the same too in float32, up to the last bits; in 16
+bit on a GPU they depend on how many rows are computed together, so there a text may differ, rarely.
+Dimensions: R rows, V vocabulary, K candidates or alternatives.
 """
 
 from collections.abc import Iterable
@@ -21,7 +23,8 @@ class Needs:
     """What the rows of a step ask for together; what no row needs is not computed."""
 
     sampling: bool = False
-    cuts: bool = False
+    top_k: bool = False
+    top_p: bool = False
     penalties: bool = False
     bias: bool = False
     min_tokens: bool = False
@@ -34,7 +37,8 @@ class Needs:
         sampled = [p for p in rows if p.temperature > 0]
         return Needs(
             sampling=bool(sampled),
-            cuts=any(p.top_k > 0 or p.top_p < 1 for p in sampled),
+            top_k=any(p.top_k > 0 for p in sampled),
+            top_p=any(p.top_p < 1 for p in sampled),
             penalties=any(map(has_penalties, rows)),
             bias=any(p.logit_bias for p in rows),
             min_tokens=any(p.min_tokens for p in rows),
@@ -98,8 +102,9 @@ def _adjust(logits_RV: Tensor, rows: Tensor, needs: Needs, slots: Slots, end_ids
 def _draw(scores_RV: Tensor, temperature: Tensor, rows: Tensor, needs: Needs, slots: Slots) -> Tensor:
     """One token per row by its distribution: the first at which the cumulative probability exceeds a random number."""
     probs_RV = (scores_RV / torch.where(temperature > 0, temperature, 1)[:, None]).softmax(-1)
-    if needs.cuts:
-        threshold = cut_thresholds(probs_RV, slots.top_k[rows], slots.top_p[rows])
+    if needs.top_k or needs.top_p:
+        cuts = (slots.top_k[rows] if needs.top_k else None, slots.top_p[rows] if needs.top_p else None)
+        threshold = cut_thresholds(probs_RV, *cuts)
         probs_RV = torch.where(probs_RV >= threshold[:, None], probs_RV, 0)
     cumulative_RV = probs_RV.cumsum(-1, dtype=torch.float64)
     point = uniform(slots.seed[rows], slots.generated[rows]) * cumulative_RV[:, -1]
@@ -121,13 +126,15 @@ def _shift(bits: Tensor, count: int) -> Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-def cut_thresholds(probs_RV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def cut_thresholds(probs_RV: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
     """The smallest probability (R,) that stays: first the top_k likeliest, then of those the fewest that hold top_p.
 
-    Tokens as likely as the last that stays, stay too. top_k 0 and top_p 1 cut nothing.
+    Tokens as likely as the last that stays, stay too. top_k 0 and top_p 1 cut nothing, nor does None in any row.
     """
     if probs_RV.is_cuda:
         return _thresholds_by_bisection(probs_RV, top_k, top_p)
+    top_k = probs_RV.new_zeros(len(probs_RV), dtype=torch.int64) if top_k is None else top_k
+    top_p = probs_RV.new_ones(len(probs_RV)) if top_p is None else top_p
     threshold, resolved = _thresholds_among(probs_RV, top_k, top_p, min(CANDIDATES, probs_RV.shape[-1]))
     if not resolved.all():
         rest = (~resolved).nonzero()[:, 0]
@@ -151,14 +158,17 @@ def _thresholds_among(probs_RV: Tensor, top_k: Tensor, top_p: Tensor, size: int)
     return torch.where(nothing_cut, 0, threshold), resolved
 
 
-def _thresholds_by_bisection(probs_RV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def _thresholds_by_bisection(probs_RV: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
     """The same without sorting or looking at a value on the host: bisection over the floats' bit patterns, exact."""
-    ones = torch.ones_like(probs_RV)
-    limited = (top_k > 0) & (top_k < probs_RV.shape[-1])
-    first = torch.where(limited, _largest_with(probs_RV, ones, top_k.float()), 0)
-    kept_RV = torch.where(probs_RV >= first[:, None], probs_RV, 0)
-    second = _largest_with(probs_RV, kept_RV, top_p * kept_RV.sum(-1))
-    return torch.where(top_p < 1, torch.maximum(first, second), first)
+    threshold, kept_RV = probs_RV.new_zeros(len(probs_RV)), probs_RV
+    if top_k is not None:
+        limited = (top_k > 0) & (top_k < probs_RV.shape[-1])
+        threshold = torch.where(limited, _largest_with(probs_RV, torch.ones_like(probs_RV), top_k.float()), 0)
+        kept_RV = torch.where(probs_RV >= threshold[:, None], probs_RV, 0)
+    if top_p is not None:
+        nucleus = _largest_with(probs_RV, kept_RV, top_p * kept_RV.sum(-1))
+        threshold = torch.where(top_p < 1, torch.maximum(threshold, nucleus), threshold)
+    return threshold
 
 
 def _largest_with(probs_RV: Tensor, weights_RV: Tensor, target: Tensor) -> Tensor:

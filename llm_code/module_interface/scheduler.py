@@ -1,4 +1,8 @@
-"""Which requests run, and what the next step computes: admission by slots and cache tokens, long prompts in chunks."""
+"""Which requests run, and what the next step computes: admission by slots and cache tokens, long prompts in chunks.
+
+A request is admitted with room for its prompt and the beginning of an answer, and gets more as the answer grows. When
+there is no more, the request that came last is set back: it waits with what it has said, and goes on later.
+"""
 
 import time
 from collections import Counter, deque
@@ -17,10 +21,12 @@ from llm_code.module_interface.prefixes import MIN_SHARED, PrefixStore, Shared
 from llm_code.module_interface.sequence import Sequence
 from llm_code.module_interface.slots import Slots
 
+ROOM = 256  # answer tokens that a request gets room for at once
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens begin .. end - 1 of a prompt, computed in one step."""
+    """Tokens begin .. end - 1 of a prompt (and of an answer that was set back), computed in one step."""
 
     sequence: Sequence
     begin: int
@@ -28,7 +34,7 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        return self.end == len(self.sequence.prompt)
+        return self.end == len(self.sequence.context)
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,13 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.free_slots = list(range(slots.num_slots - 1, -1, -1))
         self.ended: Counter[str] = Counter()
-        self.num_prompt_tokens = self.num_cached_tokens = self.num_generated = 0
+        self.num_prompt_tokens = self.num_cached_tokens = self.num_generated = self.num_set_back = 0
 
     def plan(self) -> Step:
         """The next step, after letting leave who must and join who can."""
         self._reap()
         self._admit()
+        self._make_place()
         decode = tuple(sequence for sequence in self.running if sequence.wants_token)
         return Step(decode, tuple(self._chunks(self.budget.shared if decode else self.budget.alone)))
 
@@ -86,15 +93,15 @@ class Scheduler:
             return
         oldest = prompts[0]
         given: dict[int, int] = {}
-        for sequence in sorted(prompts[1:], key=lambda s: len(s.prompt) - s.num_in_cache):
+        for sequence in sorted(prompts[1:], key=lambda s: len(s.context) - s.num_in_cache):
             room = budget - budget // 2 - sum(given.values())
             if room > 0:
-                given[id(sequence)] = min(room, len(sequence.prompt) - sequence.num_in_cache)
-        given[id(oldest)] = min(budget - sum(given.values()), len(oldest.prompt) - oldest.num_in_cache)
+                given[id(sequence)] = min(room, len(sequence.context) - sequence.num_in_cache)
+        given[id(oldest)] = min(budget - sum(given.values()), len(oldest.context) - oldest.num_in_cache)
         room = budget - sum(given.values())
         for sequence in prompts:
             begin = sequence.num_in_cache
-            extra = min(room, len(sequence.prompt) - begin - given.get(id(sequence), 0))
+            extra = min(room, len(sequence.context) - begin - given.get(id(sequence), 0))
             room -= extra
             if size := given.get(id(sequence), 0) + extra:
                 yield Chunk(sequence, begin, begin + size)
@@ -107,7 +114,7 @@ class Scheduler:
             waited = now - sequence.request.submitted
             if sequence.cancelled:
                 self.end(sequence, CANCELLED)
-            elif self.queue_timeout is not None and waited > self.queue_timeout:
+            elif self.queue_timeout is not None and waited > self.queue_timeout and sequence.request.started is None:
                 error = QueueTimeout(f"the request waited {waited:.1f} s for its turn; try again later.")
                 self.end(sequence, ERROR, error)
 
@@ -116,7 +123,7 @@ class Scheduler:
             if not self.free_slots:
                 return
             running = [(s.prompt, s.extent.start, min(s.num_in_cache, len(s.prompt))) for s in self.running]
-            shared, promised = self.prefixes.find(sequence.prompt, running)
+            shared, promised = self.prefixes.find(sequence.context, running)
             if promised - (shared.length if shared else 0) >= MIN_SHARED:
                 continue  # a running prompt is about to compute what this one shares with it
             try:
@@ -127,22 +134,56 @@ class Scheduler:
                 continue
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            sequence.request.started = time.monotonic()
+            sequence.request.started = sequence.request.started or time.monotonic()
 
     def _join(self, sequence: Sequence, shared: Shared | None) -> bool:
         """Give the sequence its place in the cache and its slot; False while the cache has no room for it."""
-        extent = self.prefixes.allocate(len(sequence.prompt) + sequence.max_tokens)
+        extent = self.prefixes.allocate(len(sequence.context) + min(sequence.num_left, ROOM))
         if extent is None:
             return False
         sequence.extent, sequence.slot = extent, self.free_slots.pop()
-        self.slots.join(sequence.slot, extent.start, sequence.prompt, sequence.params, sequence.seed)
+        said = sequence.tokens
+        self.slots.join(sequence.slot, extent.start, sequence.prompt, sequence.params, sequence.seed, said)
         # scores of all positions are wanted for prompt_logprobs, so nothing is taken over then
         if shared and sequence.params.prompt_logprobs is None and self._still_there(shared):
             self.pool.copy(shared.start, extent.start, shared.length)
-            sequence.num_in_cache = sequence.num_cached_tokens = shared.length
-        self.num_prompt_tokens += len(sequence.prompt)
-        self.num_cached_tokens += sequence.num_cached_tokens
+            sequence.num_in_cache = shared.length
+        if not sequence.times_set_back:
+            sequence.num_cached_tokens = sequence.num_in_cache
+            self.num_prompt_tokens += len(sequence.prompt)
+            self.num_cached_tokens += sequence.num_cached_tokens
         return True
+
+    def _make_place(self) -> None:
+        """See that every answer has room for its next token, the oldest request first."""
+        for sequence in sorted(self.running, key=lambda s: s.request.submitted):
+            while sequence.slot is not None and sequence.wants_token and sequence.num_in_cache >= sequence.extent.size:
+                if not self._grow(sequence):
+                    self._set_back(max(self.running, key=lambda s: s.request.submitted))
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """More room for an answer, where it lies or elsewhere; False when there is none."""
+        extent = sequence.extent
+        most = min(len(sequence.prompt) + sequence.max_tokens, extent.size + ROOM)
+        for tokens in (most, sequence.num_in_cache + 1):
+            if self.allocator.extend(extent, tokens):
+                return True
+            if larger := self.prefixes.allocate(tokens):
+                self.pool.copy(extent.start, larger.start, sequence.num_in_cache)
+                self.slots.start[sequence.slot] = larger.start
+                self.allocator.release(extent)
+                sequence.extent = larger
+                return True
+        return False
+
+    def _set_back(self, sequence: Sequence) -> None:
+        """Take the place of a running sequence; it is the first to join again."""
+        self.num_set_back += 1
+        self.running.remove(sequence)
+        self.free_slots.append(sequence.slot)
+        self.prefixes.keep(sequence.known_tokens(), sequence.extent)
+        sequence.set_back()
+        self.waiting.appendleft(sequence)
 
     def _still_there(self, shared: Shared) -> bool:
         return self.prefixes.holds(shared) or any(s.extent.start == shared.start for s in self.running)

@@ -16,6 +16,7 @@ class Sequence:
         self, prompt: TokenIds[int], params: SamplingParams, max_tokens: int, request: LiveRequest, tokenizer: Any
     ) -> None:
         self.prompt, self.params, self.max_tokens, self.request = list(prompt), params, max_tokens, request
+        self.context = self.prompt  # computed before the next token is chosen: the answer so far too, once set back
         self.seed = 0
         self.tokens: list[int] = []  # of the answer, known on the host
         self.text = TextStream(tokenizer, params.stop, params.min_tokens)
@@ -24,6 +25,7 @@ class Sequence:
         self.num_in_cache = 0  # tokens whose keys and values are computed, or will be by steps under way
         self.num_chosen = 0  # tokens of the answer, those of steps under way included
         self.num_cached_tokens = 0
+        self.times_set_back = 0
         self.prompt_tokens: list[Token] = []
         self.cancelled = False
         self.finish_reason: str | None = None
@@ -34,7 +36,12 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        return self.num_in_cache < len(self.prompt)
+        return self.num_in_cache < len(self.context)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be chosen."""
+        return self.max_tokens - self.num_chosen
 
     @property
     def wants_token(self) -> bool:
@@ -44,6 +51,16 @@ class Sequence:
     def known_tokens(self) -> list[int]:
         """Tokens whose keys and values lie in the cache and are known by name: all but the last chosen one."""
         return (self.prompt + self.tokens)[: self.num_in_cache][: len(self.prompt) + max(len(self.tokens) - 1, 0)]
+
+    def set_back(self) -> None:
+        """Lose the place in the cache: what was said so far is computed again later, then the answer goes on.
+
+        Tokens chosen by steps still under way are chosen again (see `times_set_back`), the same ones.
+        """
+        self.context = self.prompt + self.tokens
+        self.num_in_cache, self.num_chosen = 0, len(self.tokens)
+        self.slot = self.extent = None
+        self.times_set_back += 1
 
     def accept(self, token: Token, end_ids: frozenset[int]) -> None:
         """Take the next token of the answer, deliver the text that became certain, and finish where it ends."""

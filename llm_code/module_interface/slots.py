@@ -4,6 +4,8 @@ S slots (requests computed at the same time), V vocabulary. One more row, the la
 CUDA graph: it writes to the cache's scratch block.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from llm_code.module_interface.interface import SamplingParams
@@ -41,16 +43,18 @@ class Slots:
         self.in_prompt: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
 
-    def join(self, slot: int, start: int, prompt: list[int], params: SamplingParams, seed: int) -> None:
-        """Set a slot up for a request whose first `length` tokens will be set by `ready`."""
-        self.start[slot], self.length[slot], self.generated[slot] = start, 0, 0
+    def join(
+        self, slot: int, start: int, prompt: list[int], params: SamplingParams, seed: int, said: Sequence[int] = ()
+    ) -> None:
+        """Set a slot up for a request whose tokens lie from `start` on; `said` is its answer so far."""
+        self.start[slot], self.length[slot], self.generated[slot] = start, 0, len(said)
         self.min_tokens[slot], self.seed[slot] = params.min_tokens, mix(seed)
         self.temperature[slot], self.top_p[slot], self.top_k[slot] = params.temperature, params.top_p, params.top_k
         self.repetition[slot] = params.repetition_penalty
         self.frequency[slot], self.presence[slot] = params.frequency_penalty, params.presence_penalty
         self.penalised[slot], self.biased[slot] = has_penalties(params), bool(params.logit_bias)
         if has_penalties(params):
-            self._note_prompt(slot, prompt)
+            self._note_tokens(slot, prompt, said)
         if params.logit_bias:
             self.bias = self._matrix(self.bias, torch.float32)
             self.bias[slot] = 0
@@ -62,12 +66,15 @@ class Slots:
             matrix = torch.zeros(self.num_slots + 1, self.vocabulary, dtype=dtype, device=self.device)
         return matrix
 
-    def _note_prompt(self, slot: int, prompt: list[int]) -> None:
+    def _note_tokens(self, slot: int, prompt: list[int], said: Sequence[int]) -> None:
         self.counts = self._matrix(self.counts, torch.int32)
         self.in_prompt = self._matrix(self.in_prompt, torch.bool)
         self.counts[slot] = 0
         self.in_prompt[slot] = False
         self.in_prompt[slot, torch.tensor(prompt, device=self.device)] = True
+        if said:
+            ids = torch.tensor(list(said), device=self.device)
+            self.counts[slot].index_put_((ids,), torch.ones_like(ids, dtype=torch.int32), accumulate=True)
 
     def advance(self, rows: torch.Tensor, tokens: torch.Tensor, count: bool) -> None:
         """Note the tokens that were chosen for `rows`; the last thing a step does, so a failed step can be repeated."""

@@ -138,7 +138,7 @@ class Worker:
             draining = self._draining
         if draining:
             closed = EngineClosed("the engine is shutting down; the request had not started.")
-            for sequence in list(self.scheduler.waiting):
+            for sequence in [s for s in self.scheduler.waiting if s.request.started is None]:
                 self._end(sequence, ERROR, closed)
         return not self._stopping
 
@@ -193,7 +193,7 @@ class Worker:
         for chunk, scores in pending.prompt_scores:
             if not chunk.sequence.finished:
                 self._guarded(chunk.sequence, lambda c=chunk, s=scores: self._note_prompt(c, s))
-        for sequence, token in zip(pending.sequences, pending.tokens(), strict=False):
+        for sequence, token in pending.answers():
             if not sequence.finished:
                 self._guarded(sequence, lambda s=sequence, t=token: self._accept(s, t))
         for sequence in pending.finished_prompts:
