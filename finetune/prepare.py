@@ -94,10 +94,36 @@ def quieten() -> None:
 
     logging.disable_progress_bar()
     unwanted = (".*is_gradient_checkpointing.*", ".*gradient_checkpointing.*deprecated", ".*broadcast_buffers.*")
-    for text in (*unwanted, "Paged optimizers are not"):
+    for text in (*unwanted, "Paged optimizers are not", "`torch.distributed.*is deprecated"):
         warnings.filterwarnings("ignore", message=text)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it found none
+
+
+def check_shared_folder(output_dir: str | Path) -> None:
+    """Raises UserError when ranks on other machines do not see what the first one writes to output_dir."""
+    import torch.distributed as dist
+
+    from finetune.zero import local_ranks
+
+    if not dist.is_initialized() or dist.get_world_size() <= local_ranks():
+        return
+    name = [f".shared-{os.getpid()}-{random.randrange(2**32)}" if is_first_rank() else None]
+    dist.broadcast_object_list(name)
+    mark = Path(output_dir) / name[0]
+    if is_first_rank():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    dist.barrier()
+    seen: list[bool | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, mark.exists())
+    if is_first_rank():
+        mark.unlink()
+    if not all(seen):
+        raise UserError(
+            f"{output_dir} is not the same folder on all machines: rank {seen.index(False)} does not see the first "
+            "rank's files. Name an --output_dir on a file system that they share."
+        )
 
 
 def training_arguments(arguments: Arguments, dtype: str) -> "TrainingArguments":

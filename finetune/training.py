@@ -98,6 +98,7 @@ def _train(arguments: Arguments, method: Method, identity: dict[str, Any], names
     dtype = prepare.compute_dtype(arguments.train.bf16)
     prepare.explain_choices(arguments, dtype)
     args = prepare.training_arguments(arguments, dtype)
+    prepare.check_shared_folder(args.output_dir)
     model_dir = Path(arguments.model.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     samples, evaluation = prepare.load_samples(arguments, tokenizer)
@@ -186,6 +187,9 @@ def _print_plan(run: Run, trainer: "UpdateTrainer") -> None:
     mean, supervised = sum(data.lengths) / rows, sum(data.supervised) / sum(data.lengths)
     updates = f"{run.last_update:,} updates of {trainer.plan.rows_per_update} rows, {tokens:,.0f} tokens"
     say(f"plan: {rows:,} rows of {mean:.0f} tokens on average ({supervised:.0%} supervised), {updates}")
+    if run.arguments.train.warmup_steps >= run.last_update > 0:
+        warmup, rate = run.arguments.train.warmup_steps, run.arguments.train.learning_rate
+        say(f"  note: {warmup} warmup_steps are as many as there are updates or more: {rate:g} is never reached")
     say(f"  trained: {room.trainable:,} parameters of {room.shape.parameters:,} ({run.method.name})")
     kept = f"{run.budget.layers_kept} of {room.shape.layers} layers not recomputed"
     say(f"  micro-batches: at most {run.budget.tokens:,} tokens, {kept}")

@@ -1,0 +1,324 @@
+"""Full-parameter training through make: DeepSpeed's stages on two CPU ranks against one process without DeepSpeed.
+
+Each stage is begun, interrupted in its own way (SIGTERM to the step, a killed rank, another number of ranks, two
+machines) and gone on with; the losses of both parts together are those of the undisturbed run.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.conftest import REPOSITORY
+from tests.two_hosts import SSHD, two_hosts
+
+ROWS = REPOSITORY / "llm_code" / "data" / "psychology_data.jsonl"
+UPDATES, WARMUP, RATE = 12, 2, 1e-3
+# 44 rows, 16 an update: the last update of an epoch has 12.
+FLAGS = (
+    f"--max_steps {UPDATES} --num_train_epochs 4 --learning_rate {RATE} --warmup_steps {WARMUP} --logging_steps 1"
+    " --save_steps 3 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --tokens_per_micro_batch 700"
+    " --report_to none --weight_decay 0.1"
+)
+ON_ONE_RANK = FLAGS.replace("accumulation_steps 2", "accumulation_steps 4")
+
+
+@pytest.fixture(scope="module")
+def deepspeed_kernels() -> None:
+    """DeepSpeed's CPU kernels, built; scripts/test.sh has begun that in the background."""
+    subprocess.run(["bash", "scripts/prebuild_deepspeed.sh", sys.executable], cwd=REPOSITORY, check=True)
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_baichuan: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a step: llm_env is the Python of the tests."""
+    folder = tmp_path_factory.mktemp("llm")
+    (folder / "envs").mkdir()
+    (folder / "envs" / "llm_env").symlink_to(Path(sys.executable).parent.parent)
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(ROWS.open(encoding="utf-8").readlines()[:44]), encoding="utf-8")
+    return {
+        **os.environ,
+        "ENVS_DIR": str(folder / "envs"),
+        "BAICHUAN_MODEL_DIR": str(tiny_baichuan),
+        "BAICHUAN_TRAIN_FILE": str(rows),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+class Step:
+    """make baichuan-train in its own process group, its log in a file."""
+
+    def __init__(self, output_dir: Path, settings: dict[str, str], stage: str, flags: str = FLAGS, **more) -> None:
+        prefix = more.pop("prefix", [])
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        variables = {
+            **settings,
+            "BAICHUAN_OUTPUT_DIR": str(output_dir),
+            "DEEPSPEED_STAGE": stage,
+            "MASTER_PORT": str(self.port),
+            **more,
+        }
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        number = len(list(output_dir.parent.glob("log-*")))
+        self.log = output_dir.parent / f"log-{number}.txt"
+        with open(self.log, "w") as log:
+            command = [*prefix, "make", "baichuan-train", f"ARGS={flags}"]
+            options = {"stdin": subprocess.DEVNULL, "start_new_session": True}
+            self.process = subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=log, stderr=log, **options)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_for_update(self, number: int) -> None:
+        self._wait(lambda: f"\n{number}/{UPDATES}  loss" in self.text())
+
+    def _wait(self, condition) -> None:
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.01)
+
+    def ranks(self) -> list[int]:
+        """Processes that train here, found by the port they meet at."""
+        return [process for process in processes_with(f"MASTER_PORT={self.port}") if is_training(process)]
+
+    def status(self) -> int:
+        """make's own status is 2 for any failure: the step's is what it prints."""
+        code = self.process.wait(timeout=240)
+        found = re.findall(r"make: \*\*\* \[.*\] Error (\d+)", self.text())
+        return int(found[-1]) if found else code
+
+
+def processes_with(variable: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if variable.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def is_training(process: int) -> bool:
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        return b"LOCAL_RANK=" in Path(f"/proc/{process}/environ").read_bytes() and b"llm_code.train" in words
+    except OSError:
+        return False
+
+
+def run(output_dir: Path, settings: dict[str, str], stage: str, flags: str = FLAGS, **more) -> str:
+    """A run from here to its end; its log."""
+    step = Step(output_dir, settings, stage, flags, **more)
+    assert step.status() == 0, step.text()
+    return step.text()
+
+
+def history(output_dir: Path) -> dict[int, dict[str, float]]:
+    report = json.loads((output_dir / "train_report.json").read_text(encoding="utf-8"))
+    return {entry["step"]: entry for entry in report["history"] if "loss" in entry}
+
+
+def losses(output_dir: Path) -> list[float]:
+    found = history(output_dir)
+    return [found[step]["loss"] for step in range(1, UPDATES + 1)]
+
+
+@pytest.fixture(scope="module")
+def reference(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process without DeepSpeed, never interrupted."""
+    output_dir = tmp_path_factory.mktemp("reference") / "out"
+    run(output_dir, settings, "none", ON_ONE_RANK, BAICHUAN_GPUS="0")
+    return output_dir
+
+
+def check_run(output_dir: Path, reference: Path, stage: str) -> None:
+    """Losses and gradients of the undisturbed run, the JSON's learning rate, one checkpoint, nothing left over."""
+    found, expected = history(output_dir), history(reference)
+    assert losses(output_dir) == pytest.approx(losses(reference), abs=1e-3)
+    for step in range(1, UPDATES + 1):
+        assert found[step]["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=0.02)
+    report = json.loads((output_dir / "train_report.json").read_text(encoding="utf-8"))
+    assert report["status"] == "finished" and f"stage {stage}" in report["method"] and report["starts"] == 2
+    assert [path.name for path in output_dir.glob("checkpoint-*")] == [f"checkpoint-{UPDATES}"]
+    assert not (output_dir / ".saving").exists()
+
+
+def check_nothing_left(step: Step) -> None:
+    assert not step.ranks()
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{step.port}_*"))
+
+
+def warmup_then_cosine(step: int) -> float:
+    """The rate of update `step` by its formula: linear from 0, then half a cosine."""
+    import math
+
+    done = step - 1
+    if done < WARMUP:
+        return RATE * done / WARMUP
+    return RATE * 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (UPDATES - WARMUP)))
+
+
+def test_one_process_trains_and_final_has_the_trained_logits(reference: Path, tiny_baichuan: Path) -> None:
+    """final/ through plain transformers, against the raw weights of the last checkpoint with a head normalised here."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rates = [entry["learning_rate"] for _, entry in sorted(history(reference).items())]
+    assert rates == pytest.approx([warmup_then_cosine(step) for step in range(1, UPDATES + 1)])
+    assert losses(reference)[-1] < losses(reference)[0] - 0.5
+    final = reference / "final"
+    names = {path.name for path in final.iterdir()}
+    assert {"config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"} <= names
+    assert {"train_report.json", "train_args.json", "TRAINED.md", "Notice.txt", "complete.json"} <= names
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in final.iterdir())
+    raw = load_file(reference / f"checkpoint-{UPDATES}" / "model.safetensors")
+    rows = raw["lm_head.weight"].norm(dim=1)
+    assert (rows - 1).abs().max() > 1e-3  # in training the rows drift
+    model = AutoModelForCausalLM.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert torch.allclose(model.lm_head.weight.norm(dim=1), torch.ones(len(rows)), atol=1e-6)
+    ids = torch.tensor([tokenizer("今天天气很好，我们一起去公园散步吧。")["input_ids"]])
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state
+        expected = hidden @ (raw["lm_head.weight"] / rows[:, None]).T
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    other = AutoModelForCausalLM.from_pretrained(tiny_baichuan, dtype=torch.float32)
+    assert not torch.allclose(model.model.norm.weight, other.model.norm.weight)
+
+
+def test_stage_1_stops_at_sigterm_saved_and_goes_on(
+    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
+) -> None:
+    output_dir = tmp_path / "out"
+    step = Step(output_dir, settings, "1")
+    step.wait_for_update(2)
+    assert len(step.ranks()) == 2
+    os.kill(run_step_of(step), signal.SIGTERM)
+    assert step.status() == 143, step.text()
+    assert "Traceback" not in step.text()
+    check_nothing_left(step)
+    saved = [path.name for path in output_dir.glob("checkpoint-*")]
+    assert len(saved) == 1 and int(saved[0].partition("-")[2]) < UPDATES
+    other = Step(output_dir, settings, "2")
+    assert other.status() == 2 and "was written with DEEPSPEED_STAGE=1" in other.text()
+    log = run(output_dir, settings, "auto")
+    assert f"auto: 1 ({output_dir / saved[0]} was written with it)" in log and f"{saved[0]}\n" in log
+    check_run(output_dir, reference, "1")
+    assert "already done" in run(output_dir, settings, "1")
+
+
+def run_step_of(step: Step) -> int:
+    """The process of scripts/run_step.py, to which `make stop` sends SIGTERM."""
+    found = []
+    for process in processes_with(f"MASTER_PORT={step.port}"):
+        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        if any(word.endswith(b"run_step.py") for word in words):
+            found.append(process)
+    return min(found)
+
+
+def test_stage_2_ends_within_30_seconds_of_a_killed_rank(
+    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
+) -> None:
+    output_dir = tmp_path / "out"
+    step = Step(output_dir, settings, "2")
+    step.wait_for_update(4)
+    os.kill(step.ranks()[-1], signal.SIGKILL)
+    killed = time.monotonic()
+    assert step.status() == 137, step.text()
+    assert time.monotonic() - killed < 30
+    assert "was killed, perhaps for lack of main memory" in step.text()
+    check_nothing_left(step)
+    run(output_dir, settings, "2")
+    check_run(output_dir, reference, "2")
+
+
+def test_stage_3_goes_on_with_another_number_of_ranks(
+    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
+) -> None:
+    """Also without 16-bit gathering: final/ is put together from the states of the ranks."""
+    output_dir, config = tmp_path / "out", tmp_path / "stage_3.json"
+    text = (REPOSITORY / "llm_code" / "deepspeed_config" / "deepspeed_stage_3_config.json").read_text()
+    config.write_text(text.replace('model_save": true', 'model_save": false'))
+    flags = f"{FLAGS} --deepspeed {config}"
+    step = Step(output_dir, settings, "3", flags)
+    step.wait_for_update(2)
+    os.kill(run_step_of(step), signal.SIGTERM)
+    assert step.status() == 143, step.text()
+    refused = Step(output_dir, settings, "3", flags, BAICHUAN_GPUS="0")
+    assert refused.status() == 2 and "rows per update: 16 there, 8 now" in refused.text()
+    one_rank = flags.replace("accumulation_steps 2", "accumulation_steps 4")
+    log = run(output_dir, settings, "3", one_rank, BAICHUAN_GPUS="0")
+    assert "it was written by 2 ranks, these are 1: rewriting it" in log
+    check_run(output_dir, reference, "3")
+    assert not list((output_dir / f"checkpoint-{UPDATES}").glob("*.safetensors"))
+    check_same_weights(output_dir / "final", reference / "final")
+    # the walkthrough's copying by hand, from a checkpoint that has no weights of its own
+    shutil.rmtree(output_dir / "final")
+    command = ["make", "baichuan-finalize"]
+    variables = {**settings, "BAICHUAN_OUTPUT_DIR": str(output_dir)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "checked: LlamaForCausalLM, " in done.stdout and f"checkpoint-{UPDATES}" in done.stdout
+    check_same_weights(output_dir / "final", reference / "final", atol=0.01)  # in the base's bfloat16
+
+
+def check_same_weights(folder: Path, other: Path, atol: float = 2e-4) -> None:
+    import torch
+    from safetensors import safe_open
+
+    from finetune.tensor_files import tensor_places
+
+    places, others = tensor_places(folder), tensor_places(other)
+    assert set(places) == set(others)
+    for name, place in places.items():
+        with safe_open(place.file, "pt") as ours, safe_open(others[name].file, "pt") as theirs:
+            assert torch.allclose(ours.get_tensor(name).float(), theirs.get_tensor(name).float(), atol=atol), name
+
+
+def test_stage_2_with_offloading(
+    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
+) -> None:
+    output_dir = tmp_path / "out"
+    step = Step(output_dir, settings, "2-offload")
+    step.wait_for_update(2)
+    os.kill(run_step_of(step), signal.SIGTERM)
+    assert step.status() == 143, step.text()
+    run(output_dir, settings, "2-offload")
+    check_run(output_dir, reference, "2-offload")
+
+
+@pytest.mark.skipif(not SSHD or not shutil.which("ssh"), reason="openssh is not installed")
+def test_stage_3_with_offloading_on_two_machines(
+    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
+) -> None:
+    """HOSTFILE with one rank on each of two machines; stopped, then gone on with on this machine alone."""
+    output_dir = tmp_path / "out"
+    with FileLock(Path("/tmp") / "finetune-two-hosts.lock"), two_hosts(tmp_path) as hosts:
+        hostfile = tmp_path / "hosts"
+        hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
+        more = {**hosts.environment, "HOSTFILE": str(hostfile)}
+        step = Step(output_dir, settings, "3-offload", prefix=hosts.machine_1, **more)
+        step.wait_for_update(2)
+        assert len(step.ranks()) == 2
+        if hosts.kind == "namespaces":
+            assert len({os.readlink(f"/proc/{rank}/ns/net") for rank in step.ranks()}) == 2
+        os.kill(run_step_of(step), signal.SIGTERM)
+        assert step.status() == 143, step.text()
+        check_nothing_left(step)
+    run(output_dir, settings, "3-offload")
+    check_run(output_dir, reference, "3-offload")
