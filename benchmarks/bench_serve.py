@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load import EngineTarget, Job, Record, closed_loop, draw, percentile
+from benchmarks.load import EngineTarget, Job, closed_loop
+from benchmarks.load_report import Record, draw, percentile
 from finetune.errors import run_main
 
 ENGINE, BATCHING, ENGINE_ONE, LOOP = (

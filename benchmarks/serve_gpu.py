@@ -212,7 +212,10 @@ def measure_engine(args: argparse.Namespace, model: Any, prompts: list[list[int]
         for i in range(len(prompts))
     ]
     _print_many(engine, prompts, varied, "the same, each its own seed, top_p 0.9")
-    print_kernels(engine)
+    try:
+        print_kernels(engine)
+    except Exception as error:  # a machine whose profiler does not run still has figures
+        print(f"no profile of the kernels: {error}")
     engine.close()
     return many
 

@@ -10,20 +10,8 @@ import numpy
 import pytest
 
 from benchmarks import serve_gpu
-from benchmarks.load import (
-    EngineTarget,
-    Job,
-    Record,
-    arrivals,
-    closed_loop,
-    draw,
-    is_good,
-    open_loop,
-    percentile,
-    summary,
-    table,
-    words,
-)
+from benchmarks.load import EngineTarget, Job, arrivals, closed_loop, open_loop, words
+from benchmarks.load_report import Record, draw, is_good, percentile, summary, table
 from tests.conftest import REPOSITORY
 from tests.engines import engine, prompts
 

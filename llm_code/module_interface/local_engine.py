@@ -90,7 +90,24 @@ class LocalEngine(EngineBase):
 
     def stats(self) -> EngineStats:
         """See interface.Engine."""
-        return self._worker.stats(STALLED_SECONDS)
+        worker, scheduler = self._worker, self._worker.scheduler
+        idle, running = worker.seconds_since_step, len(scheduler.running)
+        total, kept = scheduler.allocator.num_tokens, scheduler.prefixes.num_tokens
+        return EngineStats(
+            alive=worker.error is None and worker.thread.is_alive() and idle < STALLED_SECONDS,
+            running=running,
+            waiting=max(worker.num_accepted - running, 0),
+            cache_blocks_total=total // BLOCK,
+            cache_blocks_used=max(total - scheduler.allocator.num_free - kept, 0) // BLOCK,
+            cache_blocks_cached=kept // BLOCK,
+            block_tokens=BLOCK,
+            seconds_since_step=idle,
+            requests=dict(scheduler.ended),
+            prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
+            generated_tokens=scheduler.num_generated,
+            steps=worker.steps,
+        )
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """See interface.Engine."""

@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 
-from llm_code.module_interface.cache import BLOCK
 from llm_code.module_interface.interface import (
     CANCELLED,
     ERROR,
     LENGTH,
     EngineClosed,
     EngineDead,
-    EngineStats,
     RequestFailed,
     Token,
 )
@@ -59,8 +57,18 @@ class Worker:
             raise self.error
 
     @property
+    def num_accepted(self) -> int:
+        """Requests running and waiting."""
+        return self._accepted
+
+    @property
     def is_busy(self) -> bool:
         return self._accepted > 0
+
+    @property
+    def seconds_since_step(self) -> float:
+        """How long the last step has been; 0 while there is nothing to do."""
+        return time.monotonic() - self.last_step if self.is_busy else 0.0
 
     def submit(self, sequence: Sequence, limit: int) -> bool:
         """Queue a sequence; False when `limit` requests run or wait. Raises EngineClosed or EngineDead."""
@@ -95,27 +103,6 @@ class Worker:
             self._condition.notify()
         if threading.current_thread() is not self.thread:
             self.thread.join()
-
-    def stats(self, stalled_seconds: float) -> EngineStats:
-        """A look at the engine; `stalled_seconds` without a step while there is work count as not alive."""
-        scheduler, idle = self.scheduler, time.monotonic() - self.last_step if self.is_busy else 0.0
-        kept, running = scheduler.prefixes.num_tokens, len(scheduler.running)
-        total = scheduler.allocator.num_tokens
-        return EngineStats(
-            alive=self.error is None and self.thread.is_alive() and idle < stalled_seconds,
-            running=running,
-            waiting=max(self._accepted - running, 0),
-            cache_blocks_total=total // BLOCK,
-            cache_blocks_used=max(total - scheduler.allocator.num_free - kept, 0) // BLOCK,
-            cache_blocks_cached=kept // BLOCK,
-            block_tokens=BLOCK,
-            seconds_since_step=idle,
-            requests=dict(scheduler.ended),
-            prompt_tokens=scheduler.num_prompt_tokens,
-            cached_tokens=scheduler.num_cached_tokens,
-            generated_tokens=scheduler.num_generated,
-            steps=self.steps,
-        )
 
     def _run(self) -> None:
         try:
