@@ -169,11 +169,11 @@ baichuan-demo: ## [17] talk to the fine-tuned model in the terminal
 	  $${UPSTREAM_URL:+--upstream_url "$$UPSTREAM_URL"} $(ARGS)
 
 .PHONY: baichuan-serve
-baichuan-serve: ## [12] serve the model on 127.0.0.1: OpenAI's protocol at /v1, and /internal/ask
+baichuan-serve: ## [18] serve the model on 127.0.0.1: OpenAI's protocol at /v1, and /internal/ask
 	@$(call need,ENVS_DIR LLM_MODULE_MODEL_PATH)bash llm_code/service/server.sh $(ARGS)
 
 .PHONY: baichuan-client
-baichuan-client: ## [13] ask the service (QUESTION=..., or FILE=questions.txt, or a conversation)
+baichuan-client: ## [19] ask the service (QUESTION=..., or FILE=questions.txt, or a conversation)
 	@$(call step,llm_env) python -m llm_code.service.client --url "http://127.0.0.1:$${BAICHUAN_PORT:-10820}" \
 	  $(if $(QUESTION),--question "$$QUESTION") $(if $(FILE),--file "$$FILE") $(ARGS)
 
