@@ -22,7 +22,8 @@ ARGUMENTS = set("ARGS BG DRY_RUN FILE FOLLOW GPU GPUS LIMIT NET QUESTION STEP TI
 NOT_OURS = set(
     "SHELL MAKEFLAGS MAKECMDGOALS MAKEFILE_LIST SETTINGS WITHOUT_SETTINGS BASH_SOURCE PATH CI DEBIAN_FRONTEND "
     "UV_DEFAULT_INDEX VLLM_API_KEY RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT DS_ACCELERATOR "
-    "PYTORCH_ALLOC_CONF OMP_NUM_THREADS OMP_WAIT_POLICY HF_HUB_DISABLE_XET".split()
+    "PYTORCH_ALLOC_CONF OMP_NUM_THREADS OMP_WAIT_POLICY HF_HUB_DISABLE_XET LOCAL_SIZE HOME MAX_JOBS "
+    "TORCH_EXTENSIONS_DIR".split()
 )
 # Settings that libraries read from the environment by themselves.
 READ_BY_LIBRARIES = set("HF_ENDPOINT HF_TOKEN MODELSCOPE_ENDPOINT MODELSCOPE_API_TOKEN".split())
@@ -154,7 +155,11 @@ def test_every_package_that_is_imported_is_a_pinned_requirement():
     pinned = {normal(name) for file in (REPOSITORY / "env").glob("*_requirements.txt") for name in pins([file])}
     for path in [path for room in ROOMS if (REPOSITORY / room).exists() for path in files("*.py", below=room)]:
         for name in (
-            {name.split(".")[0] for name in imports_of(path)} - sys.stdlib_module_names - set(ROOMS) - {"tests"}
+            # triton's version is torch's own choice
+            {name.split(".")[0] for name in imports_of(path)}
+            - sys.stdlib_module_names
+            - set(ROOMS)
+            - {"tests", "triton"}
         ):
             wanted = {normal(distribution) for distribution in distributions.get(name, [name])}
             assert wanted & pinned, f"{path} imports {name}"

@@ -2,12 +2,12 @@
 
 import os
 
-from scripts import settings
+from scripts.settings import resolve
 
 
 def model_path() -> str | None:
     """LLM_MODULE_MODEL_PATH of the environment or .env, else final/ in BAICHUAN_OUTPUT_DIR, None without either."""
-    values = {key: value for key, value in settings.resolve().items() if value}
+    values = {key: value for key, value in resolve().items() if value}
     output_dir = values.get("BAICHUAN_OUTPUT_DIR")
     return values.get("LLM_MODULE_MODEL_PATH") or (os.path.join(output_dir, "final") if output_dir else None)
 

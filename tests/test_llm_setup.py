@@ -1,0 +1,326 @@
+"""What stands around full-parameter training: DeepSpeed files, launch script, choice of a stage, hostfile, final/."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune import saving
+from finetune.arguments import parse_arguments
+from finetune.errors import UserError
+from finetune.hosts import read_hostfile, remote_command
+from finetune.memory import KNOWN_SHAPES, STAGES, full_saved_bytes
+from finetune.norm_head import fold_head, has_norm_head
+from finetune.zero import read_zero_config, stage_of
+from llm_code.choose_stage import choose_stage
+from tests.conftest import REPOSITORY
+
+FOLDER = REPOSITORY / "llm_code" / "deepspeed_config"
+CONFIG = REPOSITORY / "llm_code" / "training_config" / "baichuan2_config.json"
+FILES = {stage: FOLDER / f"deepspeed_stage_{stage.replace('-', '_')}_config.json" for stage in STAGES[1:]}
+
+
+# ---- DeepSpeed's files ----
+
+
+def test_every_stage_has_a_file_that_is_that_stage_and_they_differ() -> None:
+    assert sorted(FOLDER.iterdir()) == sorted(FILES.values())
+    assert {stage: stage_of(path) for stage, path in FILES.items()} == {stage: stage for stage in FILES}
+    assert len({path.read_text() for path in FILES.values()}) == len(FILES)
+    assert stage_of(None) == stage_of("") == "none"
+
+
+@pytest.mark.parametrize("stage", FILES)
+def test_what_the_trainer_knows_is_left_to_it(stage: str) -> None:
+    config = read_zero_config(FILES[stage])
+    known = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    assert {config[name] for name in known} == {"auto"}
+    assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
+    assert "optimizer" not in config and "scheduler" not in config
+
+
+def test_a_block_that_would_win_over_the_training_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 2}}))
+    with pytest.raises(UserError, match="`scheduler`, which would win over the training JSON"):
+        stage_of(path)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 4}}))
+    with pytest.raises(UserError, match="expected zero_optimization with a stage of 1, 2, 3"):
+        stage_of(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="zero.json:1: not JSON"):
+        stage_of(path)
+    with pytest.raises(UserError, match="deepspeed_config"):
+        stage_of(tmp_path / "nowhere.json")
+
+
+def test_the_readme_explains_every_key_of_the_files() -> None:
+    def keys(config: dict) -> set[str]:
+        return set(config).union(*(keys(value) for value in config.values() if isinstance(value, dict)))
+
+    text = (REPOSITORY / "llm_code" / "README.md").read_text(encoding="utf-8")
+    used = set().union(*(keys(read_zero_config(path)) for path in FILES.values()))
+    assert not [key for key in used if f"`{key}`" not in text]
+
+
+def test_the_training_json_has_the_walkthroughs_values() -> None:
+    """Its own run: 12 rows a card, 4 times, cosine, 2 epochs. What differs, the README says."""
+    values = json.loads(CONFIG.read_text())
+    walkthrough = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 12,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 1e-5,
+        "max_seq_length": 512,
+        "logging_steps": 10,
+        "save_steps": 100,
+        "save_total_limit": 1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 200,
+        "optim": "adamw_hf",
+        "dataloader_num_workers": 5,
+        "max_grad_norm": 1.0,
+    }
+    assert {key: values[key] for key in walkthrough} == walkthrough
+    arguments = parse_arguments(["--train_args_file", str(CONFIG)])
+    assert arguments.train.optim == "adamw_torch" and any("adamw_hf is gone" in text for text in arguments.notices)
+    assert stage_of(REPOSITORY / arguments.train.deepspeed) == "3"
+    without = parse_arguments(["--train_args_file", str(CONFIG), "--deepspeed", "none"])
+    assert without.train.deepspeed is None
+
+
+def test_saved_bytes_by_hand() -> None:
+    p = KNOWN_SHAPES["baichuan2-7b"].parameters
+    # Without DeepSpeed: weights and two moments, 2 bytes each.
+    assert full_saved_bytes(p, "none") == (6 * p, 2 * p, 2 * p)
+    # Master weights and moments, 4 bytes each; the 16-bit weights as a model, in stages 1 and 2 also as a state.
+    assert full_saved_bytes(p, "2") == (16 * p, 2 * p, 4 * p)
+    assert full_saved_bytes(p, "3-offload") == (14 * p, 2 * p, 6 * p)
+
+
+# ---- the launch script ----
+
+
+def command_of(folder: Path, cards: int = 0, *flags: str, **settings: str) -> list[str]:
+    """What a dry run prints, as words, on a machine where nvidia-smi lists so many A100s."""
+    result = launch(folder, cards, *flags, **settings)
+    assert result.returncode == 0, result.stderr
+    prefix, _, command = result.stdout.strip().partition(": ")
+    assert prefix == "-----> baichuan-train"
+    return shlex.split(command)
+
+
+def launch(folder: Path, cards: int, *flags: str, **settings: str) -> subprocess.CompletedProcess:
+    if not cards and shutil.which("nvidia-smi", path="/usr/bin:/bin"):
+        pytest.skip("this machine has cards")
+    programs = folder / "bin"
+    programs.mkdir(parents=True, exist_ok=True)
+    if cards:
+        lines = "".join("NVIDIA A100-SXM4-80GB, 81920\\n" for _ in range(cards))
+        (programs / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+        (programs / "nvidia-smi").chmod(0o755)
+    (programs / "python3").unlink(missing_ok=True)
+    (programs / "python3").symlink_to(sys.executable)
+    kept = {key: os.environ[key] for key in ("HOME", "LANG") if key in os.environ}
+    environment = {**kept, "PATH": f"{programs}:/usr/bin:/bin", "ENVS_DIR": str(folder), "DRY_RUN": "1", **settings}
+    script = REPOSITORY / "llm_code" / "train_ft.sh"
+    return subprocess.run(["bash", str(script), *flags], env=environment, capture_output=True, text=True)
+
+
+def test_deepspeeds_launcher_gets_cards_and_port(tmp_path: Path) -> None:
+    command = command_of(tmp_path, 4, BAICHUAN_GPUS="1,3", MASTER_PORT="7000", DEEPSPEED_STAGE="2-offload")
+    start = "python -m finetune.launch deepspeed --quiet --include localhost:1,3 --master_port 7000 --no_local_rank"
+    assert command[: len(start.split())] == start.split()
+    assert command[command.index("--deepspeed") + 1] == str(FILES["2-offload"].relative_to(REPOSITORY))
+    on_cpu = command_of(tmp_path / "cpu", 0, BAICHUAN_GPUS="0,1,2", DEEPSPEED_STAGE="1")
+    assert on_cpu[on_cpu.index("--num_gpus") + 1] == "3"
+
+
+def test_paths_become_flags_and_the_persons_flags_come_last(tmp_path: Path) -> None:
+    settings = {"BAICHUAN_MODEL_DIR": "/m", "BAICHUAN_TRAIN_FILE": "t.jsonl", "BAICHUAN_OUTPUT_DIR": "/o"}
+    command = command_of(tmp_path, 0, "--output_dir", "/o p", BAICHUAN_GPUS="0", DEEPSPEED_STAGE="none", **settings)
+    flags = "--model_name_or_path /m --train_file t.jsonl --output_dir /o --deepspeed none --output_dir".split()
+    assert command[:3] == ["python", "-m", "llm_code.train"] and command[5:] == [*flags, "/o p"]
+
+
+def test_none_is_for_one_card(tmp_path: Path) -> None:
+    result = launch(tmp_path, 2, BAICHUAN_GPUS="0,1", DEEPSPEED_STAGE="none")
+    assert result.returncode == 2 and "DEEPSPEED_STAGE=none is for one card, BAICHUAN_GPUS names 2" in result.stderr
+
+
+def test_a_hostfile_goes_to_every_machine(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# ours\nworker-1 slots=8\nworker-2 slots=8\n")
+    command = command_of(tmp_path, 8, HOSTFILE=str(hostfile), MASTER_PORT="7000", DEEPSPEED_STAGE="3")
+    start = (
+        f"python -m finetune.hosts --hostfile {hostfile} --master_port 7000 -- --no_local_rank --module llm_code.train"
+    )
+    assert command[: len(start.split())] == start.split()
+
+
+def test_auto_says_what_it_chose_and_why(tmp_path: Path) -> None:
+    """Two 80 GB cards hold no stage 1 (walkthrough, note 2); one holds the 7B in 16 bits."""
+    model = tmp_path / "Baichuan2-7B-Chat"
+    settings = {"BAICHUAN_MODEL_DIR": str(model), "DEEPSPEED_STAGE": "auto"}
+    two = launch(tmp_path, 2, BAICHUAN_GPUS="0,1", **settings)
+    assert two.returncode == 0, two.stderr
+    assert "DEEPSPEED_STAGE=auto: 3 (" in two.stderr or "DEEPSPEED_STAGE=auto: 2 (" in two.stderr
+    assert "GiB on each A100-80G, about" in two.stderr and "3-offload would take" in two.stderr
+    one = launch(tmp_path, 1, BAICHUAN_GPUS="0", **settings)
+    assert "DEEPSPEED_STAGE=auto: none (" in one.stderr and " --deepspeed none" in one.stdout
+
+
+def test_auto_without_a_card_and_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_code.choose_stage.find_cards", lambda: (None, 0))
+    arguments = parse_arguments(["--output_dir", str(tmp_path)])
+    assert choose_stage(arguments, 1)[0] == "none" and choose_stage(arguments, 2)[0] == "1"
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / saving.MARKER).write_text('{"stage": "2-offload"}')
+    assert choose_stage(arguments, 2) == ("2-offload", f"{tmp_path / 'checkpoint-3'} was written with it")
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("baichuan-env", "python3 scripts/environment.py llm_env"),
+        ("baichuan-download", "--model_id baichuan-inc/Baichuan2-7B-Chat --revision v1.0.2 --source modelscope"),
+        ("baichuan-data", "--test_file llm_code/data/psychology_test.jsonl --max_seq_length 512"),
+        (
+            "baichuan-plan",
+            "finetune.plan --method full --train_args_file llm_code/training_config/baichuan2_config.json",
+        ),
+        ("baichuan-finalize", "python -m llm_code.finalize --model_name_or_path /m --output_dir /o"),
+    ],
+)
+def test_a_dry_run_of_every_step_prints_its_command(target: str, words: str) -> None:
+    values = ["ENVS_DIR=/e", "BASE_MODEL_DIR=/b", "BAICHUAN_MODEL_DIR=/m", "BAICHUAN_OUTPUT_DIR=/o", "DRY_RUN=1"]
+    done = subprocess.run(["make", target, *values], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"-----> {target}: ") and words in done.stdout
+
+
+# ---- several machines ----
+
+
+@pytest.mark.parametrize("text", ["worker-1\n", "a slots=2\na slots=2\n", "a slots=0\n", "a slots=2 b\n", "\n"])
+def test_a_bad_hostfile_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(UserError, match="slots="):
+        read_hostfile(path)
+
+
+def test_the_other_machines_get_what_ranks_need_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from argparse import Namespace
+
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    flags = Namespace(hostfile=tmp_path / "hosts", master_port=7000, command=["--module", "llm_code.train", "a b"])
+    command = remote_command(1, "worker-1", flags)
+    words = shlex.split(command.partition(" && ")[2])
+    assert words[:2] == ["exec", "env"] and "NCCL_SOCKET_IFNAME=eth1" in words and "hf_secret" not in command
+    assert words[-3:] == flags.command and "--node_rank=1" in words and "--master_addr=worker-1" in words
+
+
+# ---- final/ ----
+
+
+def write_model(folder: Path, norm_head: bool) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "conversion.json").write_text(json.dumps({"norm_head": norm_head}))
+    return folder
+
+
+def test_folding_normalises_the_head_and_nothing_else(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    folder = write_model(tmp_path / "model", True)
+    before = load_file(folder / "model.safetensors")
+    fold_head(folder)
+    after = load_file(folder / "model.safetensors")
+    head = before.pop("lm_head.weight").double()
+    expected = torch.stack([row / math.sqrt(sum(x * x for x in row.tolist())) for row in head]).to(torch.bfloat16)
+    assert torch.equal(after.pop("lm_head.weight"), expected)
+    assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_norm_head_is_known_by_either_marker(tmp_path: Path) -> None:
+    assert not has_norm_head(tmp_path)
+    assert has_norm_head(write_model(tmp_path / "converted", True))
+    assert not has_norm_head(write_model(tmp_path / "plain", False))
+    (tmp_path / saving.MARKER).write_text('{"norm_head": true}')
+    assert has_norm_head(tmp_path)
+
+
+def finalize(*flags: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "llm_code.finalize", *map(str, flags)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_finalize_says_what_is_missing(tmp_path: Path, tiny_baichuan: Path) -> None:
+    base = ["--model_name_or_path", tiny_baichuan, "--output_dir", tmp_path]
+    nothing = finalize(*base)
+    assert nothing.returncode == 2 and "Train first: make baichuan-train" in nothing.stderr
+    (tmp_path / "checkpoint-5").mkdir()
+    torn = finalize(*base, "--checkpoint", tmp_path / "checkpoint-5")
+    assert torn.returncode == 2 and "is no complete checkpoint" in torn.stderr
+    (tmp_path / "checkpoint-5" / saving.MARKER).write_text('{"identity": {"base_model": "other"}}')
+    foreign = finalize(*base)
+    assert foreign.returncode == 2 and "was trained from another model" in foreign.stderr
+    assert not (tmp_path / "final").exists()
+
+
+def test_the_check_finds_weights_that_do_not_fit(tmp_path: Path, tiny_baichuan: Path) -> None:
+    from finetune.final_model import check_in_fresh_process, complete
+
+    folder = tmp_path / "final"
+    shutil.copytree(tiny_baichuan, folder)
+    complete(folder, tiny_baichuan, norm_head=True)
+    assert "loads and answers" in check_in_fresh_process(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(UserError, match="weights and configuration disagree: missing_keys"):
+        check_in_fresh_process(folder)
+
+
+# ---- the rest ----
+
+
+def test_the_models_path_defaults_to_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llm_code.common.constants import model_path
+
+    monkeypatch.setattr("scripts.settings.read_env", dict)
+    assert model_path() is None
+    monkeypatch.setenv("BAICHUAN_OUTPUT_DIR", "/o")
+    assert model_path() == "/o/final"
+    monkeypatch.setenv("LLM_MODULE_MODEL_PATH", "/m")
+    assert model_path() == "/m"
+
+
+def test_the_benchmark_runs_small(tmp_path: Path) -> None:
+    flags = "--shape tiny --updates 6 --per_device_train_batch_size 1 --gradient_accumulation_steps 2 --bf16 true"
+    command = [sys.executable, "-m", "benchmarks.bench_full", str(tmp_path), *flags.split()]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "bench.json").read_text())
+    rate, speed = result["product_rate_tflops"], result["tokens_per_second"]
+    assert result["share_of_product_rate"] == pytest.approx(6 * 213_312 * speed / 1e12 / rate, rel=0.05)
+    assert result["parameters"] == 213_312 and abs(result["last_loss"] - math.log(1024)) < 1
+    from benchmarks.bench_full import draw_lengths
+
+    lengths = draw_lengths(5000)
+    assert sum(lengths) / 5000 == pytest.approx(330, rel=0.03) and (min(lengths), max(lengths)) == (64, 1024)
