@@ -41,3 +41,8 @@ def make(checkout: Path):
         return subprocess.run(["make", *arguments], cwd=checkout, env=variables, stdin=subprocess.DEVNULL, **OUTPUT)
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first: begun last, it would run alone on one core while the other is idle."""
+    items.sort(key=lambda item: item.path.name != "test_llm_train.py")
