@@ -28,6 +28,9 @@ from scripts.package_install import EnvironmentFailed, choose_manager, find_pyth
 # 28.3 GB, once as downloaded, once converted, once merged; a rank-64 adapter has 0.223e9 parameters, and a checkpoint
 # holds them and Adam's two moments in 32 bits (2.7 GB), two at a time while one replaces the other.
 DISK_GB = {"BASE_MODEL_DIR": 28.3, "QWEN_MODEL_DIR": 28.3, "QWEN_OUTPUT_DIR": 6.3, "QWEN_MERGED_DIR": 28.3}
+# The same for Baichuan2-7B-Chat: 7.51e9 parameters are 15 GB, as downloaded and converted; a checkpoint of full
+# training has at most 16 bytes a parameter (120.1 GB; 45 GB without DeepSpeed), two at a time, and final/ another 15 GB.
+BAICHUAN_DISK_GB = {"BAICHUAN_MODEL_DIR": 30.0, "BAICHUAN_OUTPUT_DIR": 255.2}
 # Conversion and merge hold less than this.
 MEMORY_GB = 6
 Finding = Tuple[str, str, str]  # level, subject, text
@@ -75,17 +78,22 @@ def check_memory(
 
 def check_disks() -> list[Finding]:
     """Free space of every disk the settings name, against what the steps still have to write there."""
+    too_little = "FAIL" if os.environ.get("QWEN_MODEL_ID", "").endswith("Qwen-14B-Chat") else "warn"
+    found = _check_disks(DISK_GB, "Qwen-14B-Chat", too_little)
+    return found + _check_disks(BAICHUAN_DISK_GB, "project 2, Baichuan2-7B-Chat,", "warn")
+
+
+def _check_disks(sizes: dict[str, float], what: str, too_little: str) -> list[Finding]:
     wanted: dict[int, tuple[Path, list[str]]] = {}
-    for key in DISK_GB:
+    for key in sizes:
         if os.environ.get(key):
             place = _existing_parent(Path(os.environ[key]))
             wanted.setdefault(place.stat().st_dev, (place, []))[1].append(key)
-    too_little = "FAIL" if os.environ.get("QWEN_MODEL_ID", "").endswith("Qwen-14B-Chat") else "warn"
     found = []
     for place, keys in wanted.values():
-        need = sum(DISK_GB[key] for key in keys if not _has_files(Path(os.environ[key])))
+        need = sum(sizes[key] for key in keys if not _has_files(Path(os.environ[key])))
         free = shutil.disk_usage(place).free / 1e9
-        text = f"{place}: {free:.0f} GB free, Qwen-14B-Chat takes {need:.0f} GB more ({', '.join(keys)})"
+        text = f"{place}: {free:.0f} GB free, {what} takes {need:.0f} GB more ({', '.join(keys)})"
         if free < need and "BASE_MODEL_DIR" in keys:
             text += ". KEEP_ORIGINAL=0 saves one copy of the model"
         found.append(("ok" if free >= need else too_little, "disk", text))

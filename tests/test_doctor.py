@@ -64,6 +64,18 @@ def test_what_is_on_the_disk_already_is_not_asked_for_again(places, monkeypatch)
     assert "takes 63 GB more" in doctor.check_disks()[0][2]
 
 
+@pytest.mark.parametrize(("free", "level"), [(286e9, "ok"), (285e9, "warn")])
+def test_disk_for_project_2_is_a_line_of_its_own(tmp_path, monkeypatch, free, level):
+    """2 x 15 GB of weights, 2 checkpoints of 120.1 GB, final/ of 15 GB; too little only warns."""
+    for key in doctor.DISK_GB:
+        monkeypatch.delenv(key, raising=False)
+    for key in doctor.BAICHUAN_DISK_GB:
+        monkeypatch.setenv(key, str(tmp_path / key))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    ((found, subject, text),) = doctor.check_disks()
+    assert (found, subject) == (level, "disk") and "project 2, Baichuan2-7B-Chat, takes 285 GB more" in text
+
+
 def test_the_hub_is_asked_only_when_asked_to(monkeypatch):
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
