@@ -134,7 +134,7 @@ def decide_budget(method: Method, room: Room) -> Budget:
         raise UserError(
             f"a row of {room.longest_row} tokens does not fit into {room.memory_bytes / GIB:.1f} GiB even with every "
             "layer recomputed. Lower max_seq_length or lora_rank, set gradient_checkpointing to true, or take a larger "
-            "card (`make qwen-plan`)."
+            "card (`make qwen-plan`, `make baichuan-plan`)."
         )
     return budget
 

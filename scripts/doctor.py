@@ -29,7 +29,7 @@ from scripts.package_install import EnvironmentFailed, choose_manager, find_pyth
 # holds them and Adam's two moments in 32 bits (2.7 GB), two at a time while one replaces the other.
 DISK_GB = {"BASE_MODEL_DIR": 28.3, "QWEN_MODEL_DIR": 28.3, "QWEN_OUTPUT_DIR": 6.3, "QWEN_MERGED_DIR": 28.3}
 # The same for Baichuan2-7B-Chat: 7.51e9 parameters are 15 GB, as downloaded and converted; a checkpoint of full
-# training has at most 16 bytes a parameter (120.1 GB; 45 GB without DeepSpeed), two at a time, and final/ another 15 GB.
+# training has at most 16 bytes a parameter (120.1 GB; 45 GB without DeepSpeed), two at a time; final/ has 15 GB.
 BAICHUAN_DISK_GB = {"BAICHUAN_MODEL_DIR": 30.0, "BAICHUAN_OUTPUT_DIR": 255.2}
 # Conversion and merge hold less than this.
 MEMORY_GB = 6

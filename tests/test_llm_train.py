@@ -200,6 +200,28 @@ def test_one_process_trains_and_final_has_the_trained_logits(reference: Path, ti
     assert not torch.allclose(model.model.norm.weight, other.model.norm.weight)
 
 
+def test_16_bit_weights_train_like_32_bit_ones_and_go_on_exactly(
+    settings: dict[str, str], reference: Path, tmp_path: Path
+) -> None:
+    """One process, bfloat16 throughout: close to the float32 run; a checkpoint goes on with the very same losses."""
+    from finetune.arguments import parse_arguments
+    from finetune.full import full_method
+    from finetune.training import run_training
+
+    def train(output_dir: Path) -> None:
+        config = REPOSITORY / "llm_code" / "training_config" / "baichuan2_config.json"
+        flags = f"--train_args_file {config} {ON_ONE_RANK} --save_total_limit 9 --deepspeed none --bf16 true"
+        paths = ["--model_name_or_path", settings["BAICHUAN_MODEL_DIR"], "--output_dir", str(output_dir)]
+        arguments = parse_arguments([*flags.split(), *paths, "--train_file", settings["BAICHUAN_TRAIN_FILE"]])
+        assert run_training(arguments, full_method(arguments)) == 0
+
+    train(tmp_path / "whole")
+    assert losses(tmp_path / "whole") == pytest.approx(losses(reference), abs=0.02)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "rest" / "checkpoint-6")
+    train(tmp_path / "rest")
+    assert losses(tmp_path / "rest") == losses(tmp_path / "whole")
+
+
 def test_stage_1_stops_at_sigterm_saved_and_goes_on(
     settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
 ) -> None:
