@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program's main and leave the process: UserError -> `error: ...` and 2, Ctrl-C -> 130, bugs keep their traceback."""
+    """Run a program's main and leave: UserError -> `error: ...` and 2, Ctrl-C -> 130; bugs keep their traceback."""
     try:
         status = main() or 0
     except UserError as error:
