@@ -45,7 +45,7 @@ class FakeService:
         self.server.should_exit = True
         self.thread.join(10)
 
-    def wait_until(self, condition, seconds: float = 20) -> None:
+    def wait_until(self, condition, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not condition(self):
             assert time.monotonic() < end, (self.requests[-1:], self.closed)

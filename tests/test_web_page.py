@@ -58,7 +58,7 @@ class Visitor:
     def __init__(self, browser, url, **options):
         self.errors, self.asked = [], []
         self.url, self.context = url, browser.new_context(locale="zh-CN", accept_downloads=True, **options)
-        self.context.set_default_timeout(20_000)
+        self.context.set_default_timeout(60_000)
         self.page = self.open()
 
     def open(self):
@@ -162,7 +162,7 @@ def test_stop_reaches_the_service_and_what_was_said_stays(visitor, service, pict
     visitor.send("提前写的")  # does not start a second answer
     visitor.page.wait_for_timeout(200)
     visitor.page.click("#question .stop-button")
-    service.wait_until(lambda s: "很长的回答，停止" in s.closed, 5)
+    service.wait_until(lambda s: "很长的回答，停止" in s.closed)
     visitor.ready()
     visitor.wait("已停止", STATUS)
     assert len(service.requests) == number and visitor.box() == "提前写的"
@@ -177,7 +177,7 @@ def test_stop_before_the_first_word_gives_the_question_back(visitor, service):
     visitor.send("排队一")
     visitor.wait("等待回答", STATUS)
     visitor.page.click("#question .stop-button")
-    service.wait_until(lambda s: "排队一" in s.closed, 5)
+    service.wait_until(lambda s: "排队一" in s.closed)
     visitor.ready()
     assert visitor.box() == "排队一" and visitor.bubbles() == [] and visitor.stored() == []
 
@@ -187,7 +187,7 @@ def test_a_closed_page_stops_the_engine(visitor, service):
         visitor.send(question)
         service.wait_until(lambda s, q=question: s.requests[-1]["messages"][-1]["content"] == q)
         visitor.page.close()
-        service.wait_until(lambda s, q=question: q in s.closed, 10)
+        service.wait_until(lambda s, q=question: q in s.closed)
         visitor.page = visitor.open()
         visitor.page.click("#new")
         visitor.page.locator(CHAT).get_by_text("我在听").wait_for()
@@ -247,7 +247,7 @@ def test_a_reload_in_the_middle_gives_the_question_back(visitor, service):
     visitor.send("很长，重新加载")
     visitor.wait("词词")
     visitor.page.reload()
-    service.wait_until(lambda s: "很长，重新加载" in s.closed, 10)
+    service.wait_until(lambda s: "很长，重新加载" in s.closed)
     visitor.page.wait_for_function("document.querySelector('#question textarea')?.value")
     assert visitor.box() == "很长，重新加载"
 
@@ -298,7 +298,7 @@ def test_the_program_with_the_service_key_of_the_settings(browser, service, tmp_
         assert taken.returncode == 2 and f"error: port {port} on 127.0.0.1 cannot be used" in taken.stderr
         process.terminate()
         assert process.wait(10) == 0
-        service.wait_until(lambda s: "很长，程序结束" in s.closed, 5)
+        service.wait_until(lambda s: "很长，程序结束" in s.closed)
         someone.context.close()
     finally:
         process.kill()
