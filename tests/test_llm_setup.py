@@ -205,6 +205,32 @@ def test_a_dry_run_of_every_step_prints_its_command(target: str, words: str) -> 
     assert done.stdout.startswith(f"-----> {target}: ") and words in done.stdout
 
 
+def refusal(output_dir: Path, model_dir: Path, *flags: str) -> str:
+    """What the training says about going on in a folder whose checkpoint was written by two ranks with stage 1."""
+    from finetune.full import full_method
+    from finetune.prepare import run_identity
+    from finetune.training import run_training
+
+    rows = REPOSITORY / "llm_code" / "data" / "psychology_test.jsonl"
+    paths = f"--train_args_file {CONFIG} --model_name_or_path {model_dir} --train_file {rows} --output_dir {output_dir}"
+    there = parse_arguments([*paths.split(), "--gradient_accumulation_steps", "2"])
+    checkpoint = output_dir / "checkpoint-3"
+    checkpoint.mkdir(exist_ok=True)
+    marker = {"identity": run_identity(there, 2)[0], "stage": "1", "ranks": 2}
+    (checkpoint / saving.MARKER).write_text(json.dumps(marker))
+    now = parse_arguments([*paths.split(), *flags])
+    with pytest.raises(UserError) as error:
+        run_training(now, full_method(now))
+    return str(error.value)
+
+
+def test_another_stage_or_other_rows_of_an_update_are_refused(tmp_path: Path, tiny_baichuan: Path) -> None:
+    one_card = refusal(tmp_path, tiny_baichuan, "--deepspeed", str(FILES["1"]), "--gradient_accumulation_steps", "2")
+    assert "rows per update: 48 there, 24 now" in one_card
+    stage = refusal(tmp_path, tiny_baichuan, "--deepspeed", str(FILES["2"]), "--gradient_accumulation_steps", "4")
+    assert "was written with DEEPSPEED_STAGE=1, now it is 2" in stage
+
+
 # ---- several machines ----
 
 

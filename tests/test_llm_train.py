@@ -235,12 +235,9 @@ def test_stage_1_stops_at_sigterm_saved_and_goes_on(
     check_nothing_left(step)
     saved = [path.name for path in output_dir.glob("checkpoint-*")]
     assert len(saved) == 1 and int(saved[0].partition("-")[2]) < UPDATES
-    other = Step(output_dir, settings, "2")
-    assert other.status() == 2 and "was written with DEEPSPEED_STAGE=1" in other.text()
     log = run(output_dir, settings, "auto")
     assert f"auto: 1 ({output_dir / saved[0]} was written with it)" in log and f"{saved[0]}\n" in log
     check_run(output_dir, reference, "1")
-    assert "already done" in run(output_dir, settings, "1")
 
 
 def run_step_of(step: Step) -> int:
@@ -281,8 +278,6 @@ def test_stage_3_goes_on_with_another_number_of_ranks(
     step.wait_for_update(2)
     os.kill(run_step_of(step), signal.SIGTERM)
     assert step.status() == 143, step.text()
-    refused = Step(output_dir, settings, "3", flags, BAICHUAN_GPUS="0")
-    assert refused.status() == 2 and "rows per update: 16 there, 8 now" in refused.text()
     one_rank = flags.replace("accumulation_steps 2", "accumulation_steps 4")
     log = run(output_dir, settings, "3", one_rank, BAICHUAN_GPUS="0")
     assert "it was written by 2 ranks, these are 1: rewriting it" in log
@@ -320,7 +315,8 @@ def test_stage_2_with_offloading(
     step.wait_for_update(2)
     os.kill(run_step_of(step), signal.SIGTERM)
     assert step.status() == 143, step.text()
-    run(output_dir, settings, "2-offload")
+    log = run(output_dir, settings, "2-offload", ON_ONE_RANK, BAICHUAN_GPUS="0")
+    assert "it was written by 2 ranks, these are 1: rewriting it" in log
     check_run(output_dir, reference, "2-offload")
 
 
