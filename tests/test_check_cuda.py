@@ -12,7 +12,7 @@ def test_passes_here(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["check_cuda", "--device", "cpu"])
     assert check_cuda.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 15 and lines[-1] == "0 bounds exceeded"
+    assert len(lines) == 14 and lines[-1] == "0 bounds exceeded"
 
 
 def test_a_wrong_kernel_exceeds_its_bound(monkeypatch, capsys):

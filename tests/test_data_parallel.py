@@ -1,6 +1,7 @@
 """Two real processes over gloo: an update planned for both gives the gradients of one process that sees all rows."""
 
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
 
@@ -10,6 +11,7 @@ from finetune.loss import enable_chunked_loss
 from tests.tiny.native import gradients, random_samples, tiny_native
 
 WORLD_SIZE = 2
+PATIENCE = timedelta(minutes=2)
 # A single row leaves the second rank an empty micro-batch: it must neither hang nor add anything.
 UPDATES = ([9, 4, 14, 3, 7, 12], [9])
 
@@ -18,13 +20,14 @@ def build():
     return enable_chunked_loss(enable_padding_free_attention(tiny_native("llama")), chunk_rows=4)
 
 
-def run_rank(rank, folder):
+def run_rank(rank, folder, port):
     """One rank's share of each update, all its micro-batches; the averaged gradients go to files."""
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
+    store = distributed.TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=PATIENCE)
     model = DistributedDataParallel(build())
     for number, lengths in enumerate(UPDATES):
         model.zero_grad(set_to_none=True)
@@ -40,7 +43,9 @@ def run_rank(rank, folder):
 
 
 def test_gradients_equal_one_process(tmp_path):
-    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), WORLD_SIZE)
+    # The store lives here: a rank that ends first cannot take it away from the other.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path), store.port), WORLD_SIZE)
     model = build()
     for number, lengths in enumerate(UPDATES):
         expected = gradients(model, model(**collate(random_samples(lengths))).loss)
