@@ -90,7 +90,7 @@ def test_in_front_the_status_is_passed_on_and_a_training_step_gets_advice(checko
 def test_in_front_a_signal_reaches_the_whole_step_once(checkout, number):
     """A child of the step's shell counts its signals; the runner must neither die first nor send them twice."""
     count = f"n=0; trap 'n=$((n+1))' {number.value}; echo ready; for i in 1 2 3 4 5 6 7 8; do sleep 0.1; done; echo $n"
-    shell = f"({count}) & trap : {number.value}; wait; wait; exit 5"
+    shell = f"trap : {number.value}; ({count}) & wait; wait; exit 5"
     process = subprocess.Popen(
         [*RUN, "run", "x", "--", "bash", "-c", shell], cwd=checkout, stdout=subprocess.PIPE, text=True
     )

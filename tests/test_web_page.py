@@ -189,7 +189,10 @@ def test_a_closed_page_stops_the_engine(visitor, service):
         visitor.page.close()
         service.wait_until(lambda s, q=question: q in s.closed)
         visitor.page = visitor.open()
+        # The question comes back, a new conversation empties the box: typed before that, the next one would be lost.
+        visitor.page.wait_for_function(f"document.querySelector('{BOX}').value === '{question}'")
         visitor.page.click("#new")
+        visitor.page.wait_for_function(f"document.querySelector('{BOX}').value === ''")
         visitor.page.locator(CHAT).get_by_text("我在听").wait_for()
 
 

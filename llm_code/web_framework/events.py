@@ -43,8 +43,11 @@ class Events:
             (p.chat.edit, actions.edit, self.context),
         ]:
             self._answer(trigger, function, inputs)
-        stopped = on(p.question.stop, actions.stopped, p.status, p.status, cancels=self.running)
-        self._finish_and_save(stopped.then)
+        cancelled = on(p.question.stop, lambda: None, None, None, cancels=self.running)
+        finished = self._finish(cancelled.then)
+        self._save(finished.then)
+        # Last: words of the answer that were under way when it was stopped bring a status line of their own.
+        on(finished.then, actions.stopped, p.status, p.status)
         undone = on(p.chat.undo, actions.undo, p.chat, [p.chat, p.question, p.status], cancels=self.running)
         self._finish_and_save(undone.then)
         cleared = on(p.chat.clear, lambda: "", None, p.status, cancels=self.running)
