@@ -20,8 +20,10 @@ from torch.nn import functional
 
 from finetune.attention import attend_rows, enable_padding_free_attention, padding_free_attention
 from finetune.batching import collate
+from finetune.dropout import draw_seed, dropout
 from finetune.loss import enable_chunked_loss, liger_cross_entropy, liger_loss, summed_cross_entropy
-from finetune.projection import dense_weight, fuse_projections
+from finetune.nf4 import dense_weight
+from finetune.projection import fuse_projections
 from finetune.qlora import apply_liger
 
 DEEP_BOUND = 0.04  # a whole model: the roundings of all its layers
@@ -136,7 +138,7 @@ def projection_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     a = torch.randn(sizes.rank, sizes.hidden, device=device) / sizes.hidden**0.5
     b = torch.randn(sizes.wide, sizes.rank, device=device) / sizes.rank**0.5
     for rate in (0.0, 0.1):
-        # peft draws its mask in float32, the reference in bfloat16: on a GPU these are different masks.
+        # peft draws its mask from the device's generator, the fused projection from a seed.
         for fused in (True, False) if not rate else (True,):
             layer = lora_layer(device, sizes, rate, fused)
 
@@ -146,8 +148,7 @@ def projection_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
 
             def reference(x, a, b, layer=layer, rate=rate):
                 base = layer.get_base_layer()
-                # The mask is drawn for bf16, as the kernels draw it.
-                mask = functional.dropout(torch.ones_like(x, dtype=torch.bfloat16), rate).ne(0).float() / (1 - rate)
+                mask = dropout(torch.ones_like(x), rate, draw_seed()) if rate else 1.0
                 return x @ dense_weight(base, torch.float32).T + base.bias.float() + 0.5 * (x * mask) @ a.T @ b.T
 
             title = "fused NF4 projection" if fused else "peft's NF4 projection"

@@ -71,6 +71,7 @@ class LoraArguments:
     lora_rank: int = _option(64, "rank of A and B", at_least=1)
     lora_alpha: float = _option(16, "scale of the update, divided by lora_rank", at_least=0)
     lora_dropout: float = _option(USUAL_LORA_DROPOUT, "dropout before A", at_least=0)
+    fp8_base: bool = _option(False, "8-bit floating point for the products with the frozen base (Ada, Hopper)")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class TrainArguments:
     gradient_checkpointing: bool = _option(True, "recompute layers that do not fit in memory (false = none)")
     recompute_layers: int = _option(-1, "layers recomputed in the backward pass (-1 = as few as fit)", at_least=-1)
     tokens_per_micro_batch: int = _option(0, "token budget of one forward pass (0 = what fits)", at_least=0)
+    memory_limit_gib: float = _option(0, "GiB of the card that the run may use (0 = all)", at_least=0)
     seed: int = _option(42, "of the data order and the dropout", at_least=0)
     fp16: bool = _option(False, "16-bit computation; bfloat16 where the device has it")
     bf16: bool = _option(False, "bfloat16 computation, also on a CPU")

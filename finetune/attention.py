@@ -107,7 +107,8 @@ def attend_varlen(
     left = -1 if window is None or window >= max_length else window - 1
     # torch 2.11 has no such keyword: its kernel takes fewer key/value heads without being told.
     grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in accepted else {}
-    query_THD, key_TGD, value_TGD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # Not tensor[0]: its backward pass fills a tensor with zeros and copies the gradient into it.
+    query_THD, key_TGD, value_TGD = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     return varlen_attn(
         query_THD,
         key_TGD,

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 
 def _load(arguments: Arguments, dtype: "torch.dtype", device: "torch.device") -> "PreTrainedModel":
+    from finetune.frozen import check_fp8
     from finetune.loss import enable_chunked_loss
     from finetune.qlora import attach_lora, fuse_projections, load_quantized
 
     lora = arguments.lora
+    if lora.fp8_base:
+        check_fp8(device)
     model = load_quantized(arguments.model.model_name_or_path, device, dtype)
     enable_chunked_loss(model)
     model = attach_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout)
-    fuse_projections(model)
+    fuse_projections(model, fp8=lora.fp8_base)
     return model
 
 

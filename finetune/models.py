@@ -43,18 +43,6 @@ def default_dtype() -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
-def _quantization(dtype: str) -> Any:
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
-
-
 def load_tokenizer(model_name_or_path: str | Path) -> Any:
     """The checkpoint's tokenizer. Raises UserError like check_model_dir."""
     folder = check_model_dir(model_name_or_path)
@@ -80,11 +68,14 @@ def load_for_inference(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from finetune.nf4 import keep_layout, nf4_config
+
     dtype = dtype or default_dtype()
-    options = {"quantization_config": _quantization(dtype)} if load_in_4bit else {}
+    options = {"quantization_config": nf4_config(getattr(torch, dtype))} if load_in_4bit else {}
     if torch.cuda.is_available():  # a device map that names the CPU makes peft offload the model
         options["device_map"] = {"": 0}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, **options)
+    keep_layout(model)
     if adapter_name_or_path is not None:
         from peft import PeftModel
 

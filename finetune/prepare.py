@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Besides the weights, the rows and the rows of an update: what a checkpoint cannot be continued with a change of.
 SAME_ALL_ALONG = (
-    "max_seq_length eval_split_percentage lora_rank lora_alpha lora_dropout learning_rate lr_scheduler_type "
+    "max_seq_length eval_split_percentage lora_rank lora_alpha lora_dropout fp8_base learning_rate lr_scheduler_type "
     "warmup_steps optim weight_decay max_grad_norm seed"
 ).split()
 

@@ -1,59 +1,77 @@
-"""A frozen (4-bit) projection with its LoRA as one autograd function: dequantise, product, low-rank update in place.
+"""Frozen (4-bit) projections with their LoRA as one autograd function for all that read the same input.
 
-    y = x W^T + b + s * dropout(x) A^T B^T
+    y_i = x W_i^T + b_i + s_i * dropout(x) A_i^T B_i^T
 
-peft's own path copies the output and adds a tensor for every term; this one writes each term into the output. Saved for
-the backward pass are x and dropout(x) A^T alone: W is dequantised again, the dropout mask drawn again from the saved
-generator state, so a seed gives the same masks as peft's path. Parameters, their names and the adapter on disk stay
-peft's. Dimensions: T = tokens, I = input size, O = output size, R = rank.
+peft's own path copies the output and adds a tensor for every term; here each term is accumulated by the matrix product
+that computes it, forward and backward. q, k and v, and gate and up, share their input: it is multiplied with all their
+A at once, its gradient is summed inside the products, and one dropout mask serves them together, as in the original
+LoRA code's merged projections (microsoft/LoRA, MergedLinear). Saved for the backward pass are x and dropout(x) A^T alone:
+W is dequantised again, the mask drawn again from its seed. Parameters, their names and the adapter on disk stay peft's.
+
+Dimensions: T = tokens, I = input size, O = output size of one projection, R = its rank, S = all ranks of a group.
 """
 
 import logging
-from collections.abc import Callable
-from types import MethodType
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
+
+from finetune.dropout import draw_seed, dropout
+from finetune.frozen import Frozen
+from finetune.nf4 import is_4bit, keep_layout
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-def fuse_projections(model: "PeftModel") -> int:
+
+def fuse_projections(model: "PeftModel", fp8: bool = False) -> int:
     """Give every LoRA projection over a frozen linear layer the fused path; returns how many have it.
 
     Passes without gradients (generation, evaluation), several adapters, merged or disabled ones run peft's code as
-    before. Layers of another kind keep it altogether, which one notice in the log says.
+    before. Layers of another kind keep it altogether, which one notice in the log says. `fp8`: products with 4-bit
+    weights run in 8-bit floating point (finetune.frozen).
     """
     from peft.tuners.lora import LoraLayer
 
+    keep_layout(model)
     fused, left = 0, []
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or hasattr(module, "_peft_forward"):
-            continue
-        reason = _why_not(module)
-        if reason:
-            left.append(f"{name} ({reason})")
-            continue
-        base = module.get_base_layer()
-        if hasattr(base, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack the weight in the first evaluation and lose every gradient after it.
-            base.support_avx512bf16_for_cpu = False
-        module._peft_forward, module.forward = module.forward, MethodType(_forward, module)
-        fused += 1
+        layers = {key: child for key, child in module.named_children() if isinstance(child, LoraLayer)}
+        covered = {}
+        for key, layer in layers.items():
+            if hasattr(layer, "_peft_forward"):
+                continue
+            if reason := _why_not(layer):
+                left.append(f"{name}.{key} ({reason})")
+            else:
+                covered[key] = layer
+        for group in _groups(covered):
+            SharedInput([covered[key] for key in group], fp8)
+        fused += len(covered)
     if left:
         logger.warning("%d LoRA layers keep peft's slower path, the first is %s", len(left), left[0])
     return fused
 
 
+def _groups(layers: dict[str, nn.Module]) -> list[tuple[str, ...]]:
+    """Names of the layers by common input: those of SHARED_INPUTS together where all are there, others alone."""
+    together = [group for group in SHARED_INPUTS if all(key in layers for key in group)]
+    grouped = {key for group in together for key in group}
+    return together + [(key,) for key in layers if key not in grouped]
+
+
 def _why_not(module: nn.Module) -> str | None:
     base = module.get_base_layer()
-    if type(base) is not nn.Linear and not _is_4bit(base):
+    if type(base) is not nn.Linear and not is_4bit(base):
         return f"base layer {type(base).__name__}"
     if module.lora_variant or any(module.lora_bias.values()):
         return "a LoRA variant or a LoRA bias"
@@ -64,108 +82,119 @@ def _why_not(module: nn.Module) -> str | None:
     return None
 
 
-def _is_4bit(base: nn.Module) -> bool:
-    return hasattr(base, "compute_dtype") and getattr(base.weight, "quant_state", None) is not None
+class SharedInput:
+    """Projections of one input: the first that is called with it computes all, the others take their outputs.
+
+    A member that is called with another input computes alone. Outputs are held until they are taken, at most until the
+    next input comes.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], fp8: bool) -> None:
+        self._frozen = {module: Frozen(module.get_base_layer(), fp8) for module in members}
+        self._input: Tensor | None = None
+        self._waiting: dict[nn.Module, Tensor] = {}
+        for module in members:
+            module._peft_forward, module.forward = module.forward, partial(self, module)
+
+    def __call__(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of a member, shaped and typed as peft's."""
+        is_plain = bool(args) or any(value is not None for value in kwargs.values())
+        if is_plain or not torch.is_grad_enabled() or not x.numel() or not _active_adapter(module):
+            return module._peft_forward(x, *args, **kwargs)
+        if x is not self._input or module not in self._waiting:
+            alone = x is self._input
+            members = [module] if alone else [member for member in self._frozen if _active_adapter(member)]
+            self._input = x
+            self._waiting.update(zip(members, self._outputs(members, x), strict=True))
+        output = self._waiting.pop(module)
+        if not self._waiting:
+            self._input = None
+        return output
+
+    def _outputs(self, members: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+        self._waiting.clear()
+        frozen = [self._frozen[member] for member in members]
+        names = [_active_adapter(member) for member in members]
+        pairs = list(zip(members, names, strict=True))
+        drop = members[0].lora_dropout[names[0]]
+        group = Group(
+            frozen,
+            [member.scaling[name] for member, name in pairs],
+            drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0,
+        )
+        dtype = _compute_dtype(frozen[0].base, x)
+        matrices = [member.lora_A[name].weight for member, name in pairs]
+        matrices += [member.lora_B[name].weight for member, name in pairs]
+        return [output.to(x.dtype) for output in Projections.apply(x.to(dtype), group, *matrices)]
 
 
-def _forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    adapters = [name for name in self.active_adapters if name in self.lora_A]
-    plain = (
-        self.disable_adapters
-        or self.merged
-        or len(adapters) != 1
-        or args
-        or any(v is not None for v in kwargs.values())
-    )
-    if plain or not torch.is_grad_enabled() or not x.numel():
-        return self._peft_forward(x, *args, **kwargs)
-    (name,) = adapters
-    base, dropout = self.get_base_layer(), self.lora_dropout[name]
-    rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+def _active_adapter(module: nn.Module) -> str | None:
+    """Name of the one adapter that is added to the base, None where there are several, none, or a merged one."""
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    return names[0] if len(names) == 1 and not module.disable_adapters and not module.merged else None
+
+
+def _compute_dtype(base: nn.Module, x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    else:
-        dtype = (base.compute_dtype if _is_4bit(base) else base.weight.dtype) or x.dtype
-    output = _Projection.apply(
-        x.to(dtype), self.lora_A[name].weight, self.lora_B[name].weight, base, self.scaling[name], rate
-    )
-    return output.to(x.dtype)
+        return torch.get_autocast_dtype(x.device.type)
+    return (base.compute_dtype if is_4bit(base) else base.weight.dtype) or x.dtype
 
 
-def dense_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """(O, I) weight of a linear layer in `dtype`; a 4-bit one is dequantised."""
-    if not _is_4bit(base):
-        return base.weight.detach().to(dtype)
-    from bitsandbytes.functional import dequantize_4bit
+@dataclass(frozen=True)
+class Group:
+    """What the projections of one input are multiplied with, besides their LoRA matrices."""
 
-    return dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
+    frozen: Sequence[Frozen]
+    scalings: Sequence[float]
+    dropout: float
 
 
-class _Projection(torch.autograd.Function):
+class Projections(torch.autograd.Function):
+    """`apply(x, group, A_1 .. A_n, B_1 .. B_n)`: outputs of a group's n projections, x in the dtype computed with."""
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, base: nn.Module, scaling: float, rate: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group, *matrices: Tensor) -> tuple[Tensor, ...]:
+        """x (..., I), A (R, I), B (O, R) -> n outputs (..., O)."""
         x_TI = x.reshape(-1, x.shape[-1])
-        ctx.base, ctx.scaling, ctx.rate, ctx.shape = base, scaling, rate, x.shape
-        ctx.generator_state = _generator_state(x.device) if rate else None
-        a_RI, b_OR = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        low_TR = functional.dropout(x_TI, rate) @ a_RI.T if rate else x_TI @ a_RI.T
-        weight_OI = dense_weight(base, x.dtype)
-        if base.bias is None:
-            output_TO = x_TI @ weight_OI.T
-        else:
-            output_TO = torch.addmm(base.bias.to(x.dtype), x_TI, weight_OI.T)
-        output_TO.addmm_(low_TR, b_OR.T, alpha=scaling)
-        ctx.save_for_backward(x_TI, low_TR, lora_a, lora_b)
-        return output_TO.view(*x.shape[:-1], -1)
+        ranks = [len(a_RI) for a_RI in matrices[: len(group.frozen)]]
+        ctx.group, ctx.shape, ctx.ranks = group, x.shape, ranks
+        ctx.seed = draw_seed() if group.dropout else 0
+        low_TS = dropout(x_TI, group.dropout, ctx.seed) @ _stacked(matrices[: len(ranks)], x.dtype).T
+        shared, outputs = {}, []
+        parts = zip(group.frozen, group.scalings, low_TS.split(ranks, 1), matrices[len(ranks) :], strict=True)
+        for frozen, scaling, low_TR, b_OR in parts:
+            output_TO = frozen.forward(x_TI, low_TR, b_OR.to(x.dtype), scaling, shared)
+            outputs.append(output_TO.view(*x.shape[:-1], -1))
+        ctx.save_for_backward(x_TI, low_TS, *matrices)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, low_TR, lora_a, lora_b = ctx.saved_tensors
-        wants_x, wants_a, wants_b = ctx.needs_input_grad[:3]
-        grad_TO = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_low_TR = (grad_TO @ lora_b.to(grad_TO.dtype)).mul_(ctx.scaling)
-        redraw = _redraw(ctx)
-        grad_x = grad_a = grad_b = None
-        if wants_b:
-            grad_b = (grad_TO.T @ low_TR).mul_(ctx.scaling).to(lora_b.dtype)
-        if wants_a:
-            grad_a = (grad_low_TR.T @ redraw(x_TI)).to(lora_a.dtype)
-        if wants_x:
-            a_RI = lora_a.to(grad_TO.dtype)
-            grad_x = grad_TO @ dense_weight(ctx.base, grad_TO.dtype)
-            if ctx.rate:
-                grad_x += redraw(grad_low_TR @ a_RI)
-            else:
-                grad_x.addmm_(grad_low_TR, a_RI)
-            grad_x = grad_x.view(ctx.shape)
-        return grad_x, grad_a, grad_b, None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, of every A and of every B."""
+        x_TI, low_TS, *matrices = ctx.saved_tensors
+        group, count = ctx.group, len(ctx.ranks)
+        a_list, b_list, dtype = matrices[:count], matrices[count:], x_TI.dtype
+        grads_TO = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
+        grad_low_TS = torch.cat(
+            [grad @ (b_OR * s).to(dtype) for grad, b_OR, s in zip(grads_TO, b_list, group.scalings, strict=True)], 1
+        )
+        lows = low_TS.split(ctx.ranks, 1)
+        grads_b = [
+            (grad.T @ low).mul_(s).to(b_OR.dtype)
+            for grad, low, s, b_OR in zip(grads_TO, lows, group.scalings, b_list, strict=True)
+        ]
+        grad_a_SI = grad_low_TS.T @ dropout(x_TI, group.dropout, ctx.seed)
+        grads_a = [part.to(a_RI.dtype) for part, a_RI in zip(grad_a_SI.split(ctx.ranks), a_list, strict=True)]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_TI = dropout(grad_low_TS @ _stacked(a_list, dtype), group.dropout, ctx.seed)
+            for frozen, grad_TO in zip(group.frozen, grads_TO, strict=True):
+                grad_TI = frozen.add_input_gradient(grad_TI, grad_TO)
+            grad_x = grad_TI.view(ctx.shape)
+        return grad_x, None, *grads_a, *grads_b
 
 
-def _generator_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_generator_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
-
-
-def _redraw(ctx: Any) -> Callable[[Tensor], Tensor]:
-    """The forward pass's dropout as a function: the same mask each time, the generator left as it was."""
-
-    def dropout(tensor_TI: Tensor) -> Tensor:
-        if not ctx.rate:
-            return tensor_TI
-        now = _generator_state(tensor_TI.device)
-        _set_generator_state(tensor_TI.device, ctx.generator_state)
-        try:
-            return functional.dropout(tensor_TI, ctx.rate)
-        finally:
-            _set_generator_state(tensor_TI.device, now)
-
-    return dropout
+def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(S, I): the A of a group, one below the other."""
+    return torch.cat([matrix.to(dtype) for matrix in matrices])

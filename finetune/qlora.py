@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune.attention import PADDING_FREE, enable_padding_free_attention
 from finetune.errors import UserError
+from finetune.nf4 import keep_layout, nf4_config
 from finetune.projection import fuse_projections
 
 if TYPE_CHECKING:
@@ -36,22 +37,17 @@ def load_quantized(
     Embeddings, head and norms stay in `compute_dtype`: peft's prepare_model_for_kbit_training, which makes them fp32
     (2.9 GiB on a 14B), is not called. On CUDA, Liger's kernels are used where installed.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
     model = AutoModelForCausalLM.from_pretrained(
         model_dir,
-        quantization_config=config,
+        quantization_config=nf4_config(compute_dtype),
         dtype=compute_dtype,
         device_map={"": torch.device(device)},
         attn_implementation=PADDING_FREE,
     )
     model.requires_grad_(False)
+    keep_layout(model)
     apply_liger(model)
     return enable_padding_free_attention(model)
 

@@ -79,7 +79,7 @@ def measure_room(
         arguments=arguments,
         shape=shape,
         gpu=_this_gpu(),
-        memory_bytes=_agreed(_usable_memory()),
+        memory_bytes=_agreed(_usable_memory(arguments.train.memory_limit_gib)),
         world_size=world_size,
         longest_row=max(lengths),
         tokens_per_update=sum(lengths) / len(lengths) * min(rows_per_update, len(lengths)),
@@ -89,13 +89,20 @@ def measure_room(
     )
 
 
-def _usable_memory() -> float:
-    """Bytes of this card (of main memory on a CPU) that the run may use, what it holds already included."""
+def _usable_memory(limit_gib: float) -> float:
+    """Bytes of this card (of main memory on a CPU) that the run may use, what it holds already included.
+
+    A limit holds for what torch's allocator takes from here on: beyond it the run is out of memory.
+    """
     import torch
 
     if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        return (free + torch.cuda.memory_reserved()) * USED_SHARE
+        free, whole = torch.cuda.mem_get_info()
+        usable = (free + torch.cuda.memory_reserved()) * USED_SHARE
+        if limit_gib:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * GIB / whole))
+            usable = min(usable, limit_gib * GIB * USED_SHARE)
+        return usable
     return (saving.free_host_memory() or 8 * GIB) * USED_SHARE / local_ranks()
 
 
@@ -158,6 +165,8 @@ def check_saving(method: Method, room: Room, has_best: bool) -> None:
     """Raises UserError unless there is disk for all checkpoints of the run and main memory for one."""
     train = room.arguments.train
     one, final, in_memory = method.saved_bytes(room)
+    if train.save_strategy == "no":
+        one = 0
     existing = len(saving.list_checkpoints(train.output_dir))
     saving.check_host_memory(in_memory, "saving a checkpoint")
     needed = saving.disk_needed(one, final, train.save_total_limit, has_best, existing)

@@ -162,7 +162,7 @@ def test_another_seed_draws_other_numbers() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_kernel_does_what_the_definition_says() -> None:
-    """Both round the same 32-bit numbers: equal to a neighbour, equal in the mean, over a few million elements."""
+    """From the same state both round the same 32-bit numbers: to one of two neighbours, equal in the mean."""
     from finetune import optimizers
 
     torch.manual_seed(0)
@@ -177,10 +177,16 @@ def test_the_kernel_does_what_the_definition_says() -> None:
         kernel, optimizers.adamw_kernel = optimizers.adamw_kernel, lambda: None
         by_definition.step()
         optimizers.adamw_kernel = kernel
-    pairs = [(weight, twin)]
-    pairs += [(by_kernel.state[weight][name], by_definition.state[twin][name]) for name in ("exp_avg", "exp_avg_sq")]
-    for ours, theirs in pairs:
-        difference = (ours.double() - theirs.double()).abs()
-        assert (difference <= 4 * 2**-7 * theirs.double().abs() + 1e-12).all()
-        assert ours.double().abs().mean().item() == pytest.approx(theirs.double().abs().mean().item(), rel=1e-4)
-    assert not torch.equal(weight, twin)  # other random numbers
+        mine, its = by_kernel.state[weight], by_definition.state[twin]
+        for ours, theirs in [
+            (weight.data, twin.data),
+            *((mine[name], its[name]) for name in ("exp_avg", "exp_avg_sq")),
+        ]:
+            difference = (ours.double() - theirs.double()).abs()
+            # Neighbours in bfloat16 are at most 2^-7 of the larger one apart.
+            assert (difference <= 1.01 * 2**-7 * theirs.double().abs().maximum(ours.double().abs()) + 1e-12).all()
+            mean = theirs.double().abs().mean().item()
+            assert ours.double().abs().mean().item() == pytest.approx(mean, rel=1e-4)
+            if ours is weight.data:
+                assert not torch.equal(ours, theirs)  # other random numbers
+            theirs.copy_(ours)  # or roundings of one step would be magnified where terms of the next cancel

@@ -8,9 +8,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune.batching import collate
+from finetune.dropout import draw_seed, dropout
 from finetune.errors import UserError
+from finetune.frozen import Frozen
 from finetune.loss import enable_chunked_loss
-from finetune.projection import _Projection
+from finetune.projection import Group, Projections, SharedInput
 from finetune.qlora import attach_lora, checkpoint_layers, fuse_projections, load_quantized
 from tests.tiny.native import gradients, padded_loss, random_samples, tiny_native
 
@@ -58,25 +60,81 @@ def test_trainable_parameters_are_the_adapters_in_float32(checkpoint):
     assert {parameter.dtype for parameter in trainable.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def projected(x, a, b, base, scaling, rate):
+    """One projection with its LoRA, by the fused function."""
+    (output,) = Projections.apply(x, Group([Frozen(base)], [scaling], rate), a, b)
+    return output
+
+
 @pytest.mark.parametrize("recomputed", [0, 2])
-def test_fused_equals_peft_in_loss_and_gradients(quantised, dropout, recomputed):
+def test_fused_equals_peft_in_loss_and_gradients(quantised, recomputed):
     batch = collate(random_samples(LENGTHS))
     results = []
     for fuse in (False, True):
-        model = adapted(quantised, dropout=dropout)
+        model = adapted(quantised)
         assert not fuse or fuse_projections(model) == 14
         checkpoint_layers(model, recomputed)
-        torch.manual_seed(5)
         loss = model(**batch).loss
-        results.append((loss, gradients(model, loss), torch.rand(1)))
-    (expected, expected_grads, expected_draw), (loss, grads, draw) = results
+        results.append((loss, gradients(model, loss)))
+    (expected, expected_grads), (loss, grads) = results
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    # The generator moves on exactly as peft's dropout moves it.
-    assert draw == expected_draw
     assert grads.keys() == expected_grads.keys() and len(grads) == 28
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+class Masked(torch.nn.Module):
+    """peft's dropout replaced by the fused path's mask, of which the group's first layer draws the seed."""
+
+    def __init__(self, rate, masks, first):
+        super().__init__()
+        self.rate, self.masks, self.first = rate, masks, first
+
+    def forward(self, x):
+        if self.first:
+            self.masks["seed"] = draw_seed()
+        return dropout(x.flatten(0, -2), self.rate, self.masks["seed"]).view(x.shape)
+
+
+def give_masks_to_peft(model, rate):
+    """Dropout of peft's own path with one mask for q, k, v and one for gate, up, drawn in the order of the calls."""
+    for layer in model.get_decoder().layers:
+        for block, names in ((layer.self_attn, ("q", "k", "v")), (layer.self_attn, "o"), (layer.mlp, ("gate", "up"))):
+            masks = {}
+            for name in names:
+                module = getattr(block, f"{name}_proj")
+                module.lora_dropout["default"] = Masked(rate, masks, name == names[0])
+        layer.mlp.down_proj.lora_dropout["default"] = Masked(rate, {}, True)
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_with_dropout_it_equals_peft_with_the_same_masks(quantised, recomputed):
+    batch = collate(random_samples(LENGTHS))
+    results = []
+    for fuse in (False, True):
+        model = adapted(quantised, dropout=0.3)
+        if fuse:
+            fuse_projections(model)
+            checkpoint_layers(model, recomputed)
+        else:
+            give_masks_to_peft(model, 0.3)
+        torch.manual_seed(5)
+        loss = model(**batch).loss
+        results.append((loss, gradients(model, loss)))
+    (expected, expected_grads), (loss, grads) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    ones = torch.ones(400, 500)
+    dropped = dropout(ones, 0.1, 7)
+    # 200,000 draws: the standard deviation of the share is 0.00067.
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=5 * 0.00067)
+    assert dropped.max().item() == pytest.approx(1 / 0.9, rel=1e-4) and set(dropped.unique().tolist()) > {0.0}
+    assert torch.equal(dropped, dropout(ones, 0.1, 7)) and not torch.equal(dropped, dropout(ones, 0.1, 8))
+    assert dropout(ones, 0.0, 7) is ones
 
 
 def test_one_projection_equals_the_formula():
@@ -85,14 +143,57 @@ def test_one_projection_equals_the_formula():
     x, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 16), (4, 16), (24, 4)))
     weights = torch.randn(2, 5, 24)
     torch.manual_seed(3)
-    mask = torch.nn.functional.dropout(torch.ones(10, 16), 0.4).view(2, 5, 16)
+    mask = dropout(torch.ones(10, 16), 0.4, draw_seed()).view(2, 5, 16)
     expected = x @ base.weight.T + base.bias + 0.7 * (x * mask) @ a.T @ b.T
     torch.manual_seed(3)
-    output = _Projection.apply(x, a, b, base, 0.7, 0.4)
+    output = projected(x, a, b, base, 0.7, 0.4)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     wanted = torch.autograd.grad((expected * weights).sum(), [x, a, b])
     for grad, want in zip(torch.autograd.grad((output * weights).sum(), [x, a, b]), wanted, strict=True):
         torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-5)
+
+
+def test_projections_of_one_input_equal_the_formula_each():
+    """Different widths, ranks, scalings and biases; one output's gradient is missing."""
+    torch.manual_seed(0)
+    bases = [torch.nn.Linear(16, 24), torch.nn.Linear(16, 8, bias=False), torch.nn.Linear(16, 8)]
+    x = torch.randn(5, 16, requires_grad=True)
+    a = [torch.randn(rank, 16, requires_grad=True) for rank in (4, 2, 3)]
+    b = [torch.randn(base.out_features, len(one), requires_grad=True) for base, one in zip(bases, a, strict=True)]
+    scalings = (0.5, 1.0, 2.0)
+    expected = [base(x) + s * x @ p.T @ q.T for base, s, p, q in zip(bases, scalings, a, b, strict=True)]
+    group = Group([Frozen(base) for base in bases], scalings, 0.0)
+    outputs = Projections.apply(x, group, *a, *b)
+    for output, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, want, rtol=1e-5, atol=1e-5)
+    leaves = [x, a[0], b[0], a[2], b[2]]
+    wanted = torch.autograd.grad((expected[0].square().sum() + expected[2].sum()), leaves)
+    grads = torch.autograd.grad((outputs[0].square().sum() + outputs[2].sum()), leaves)
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4)
+
+
+def test_shared_inputs_are_projected_once_and_nothing_is_held(quantised, monkeypatch):
+    calls = []
+    original = SharedInput._outputs
+    monkeypatch.setattr(
+        SharedInput, "_outputs", lambda self, members, x: calls.append(len(members)) or original(self, members, x)
+    )
+    model = adapted(quantised)
+    fuse_projections(model)
+    model(**collate(random_samples(LENGTHS))).loss.backward()
+    assert calls == [3, 1, 2, 1] * 2
+    shared = {module.forward.func for module in model.modules() if hasattr(module, "_peft_forward")}
+    assert len(shared) == 8 and not any(one._waiting or one._input is not None for one in shared)
+
+
+def test_a_member_called_with_another_input_computes_alone(quantised):
+    model, plain = adapted(quantised), adapted(quantised)
+    fuse_projections(model)
+    inputs = torch.randn(2, 3, model.config.hidden_size)
+    fused, own = (one.get_decoder().layers[0].self_attn for one in (model, plain))
+    for name, x in (("q_proj", inputs), ("k_proj", inputs * 2), ("q_proj", inputs), ("q_proj", inputs)):
+        torch.testing.assert_close(getattr(fused, name)(x), getattr(own, name)(x), rtol=1e-5, atol=1e-5)
 
 
 def test_only_input_and_low_rank_product_are_saved():
@@ -101,7 +202,7 @@ def test_only_input_and_low_rank_product_are_saved():
     a.requires_grad_(), b.requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda t: t):
-        _Projection.apply(x, a, b, base, 1.0, 0.1)
+        projected(x, a, b, base, 1.0, 0.1)
     assert sorted(saved) == sorted([x.shape, (5, 4), a.shape, b.shape])
 
 
@@ -113,7 +214,7 @@ def test_bfloat16_projection_is_as_exact_as_its_format():
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         leaves = [x.to(dtype).requires_grad_(), a.clone().requires_grad_(), b.clone().requires_grad_()]
-        output = _Projection.apply(*leaves, base.to(dtype), 0.1, 0.0)
+        output = projected(*leaves, base.to(dtype), 0.1, 0.0)
         results.append([output, *torch.autograd.grad((output * weights.to(dtype)).sum(), leaves)])
     assert [tensor.dtype for tensor in results[1]] == [torch.bfloat16] * 2 + [torch.float32] * 2
     for exact, rounded in zip(*results, strict=True):

@@ -1,0 +1,145 @@
+"""Triton kernels of the QLoRA path: seeded dropout, 4-bit weights and rows of activations to 8-bit floating point.
+
+Each reads and writes every number once. Needs triton; tests/test_kernels.py compares them with plain PyTorch.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FP8_LARGEST = tl.constexpr(448.0)
+
+
+@triton.jit
+def _keep_two_blocks(x_ptr, out_ptr, first, count, random, dropped, factor, BLOCK: tl.constexpr):
+    """One block decided by the lower halves of `random`, the next by the upper ones."""
+    bits = random.to(tl.uint32, bitcast=True)
+    for half in tl.static_range(2):
+        offsets = first + half * BLOCK
+        mask = offsets < count
+        x = tl.load(x_ptr + offsets, mask=mask)
+        is_kept = ((bits >> (16 * half)) & 0xFFFF).to(tl.int32) >= dropped
+        tl.store(out_ptr + offsets, tl.where(is_kept, x.to(tl.float32) * factor, 0.0).to(x.dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "dropped"])
+def _seeded_dropout(x_ptr, out_ptr, count, seed, dropped, factor, BLOCK: tl.constexpr):
+    """Eight blocks of elements a program: one draw of 4 x 32 bits decides about eight elements."""
+    lane = tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    random0, random1, random2, random3 = tl.randint4x(seed, program * BLOCK + lane)
+    first = program.to(tl.int64) * (8 * BLOCK) + lane
+    _keep_two_blocks(x_ptr, out_ptr, first, count, random0, dropped, factor, BLOCK)
+    _keep_two_blocks(x_ptr, out_ptr, first + 2 * BLOCK, count, random1, dropped, factor, BLOCK)
+    _keep_two_blocks(x_ptr, out_ptr, first + 4 * BLOCK, count, random2, dropped, factor, BLOCK)
+    _keep_two_blocks(x_ptr, out_ptr, first + 6 * BLOCK, count, random3, dropped, factor, BLOCK)
+
+
+def seeded_dropout(x: Tensor, dropped: int, factor: float, seed: int) -> Tensor:
+    """x * factor where 16 random bits are `dropped` or more, else 0; x contiguous on CUDA."""
+    out, block = torch.empty_like(x), 512
+    with torch.cuda.device(x.device):
+        _seeded_dropout[(triton.cdiv(x.numel(), 8 * block),)](
+            x, out, x.numel(), seed, dropped, factor, BLOCK=block, num_warps=4
+        )
+    return out
+
+
+@triton.jit
+def _rows_to_fp8(x_ptr, out_ptr, scale_ptr, stride, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < size
+    x = tl.load(x_ptr + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x)), 1e-12) / FP8_LARGEST
+    tl.store(out_ptr + row * size + column, (x / scale).to(tl.float8e4nv), mask=mask)
+    tl.store(scale_ptr + row, scale)
+
+
+def rows_to_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """(float8_e4m3 (T, I), float32 scales (T, 1)) whose product is about x; a row's largest number becomes 448."""
+    if x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    count, size = x_TI.shape
+    out = torch.empty(count, size, dtype=torch.float8_e4m3fn, device=x_TI.device)
+    scales = torch.empty(count, 1, dtype=torch.float32, device=x_TI.device)
+    with torch.cuda.device(x_TI.device):
+        block = triton.next_power_of_2(size)
+        _rows_to_fp8[(count,)](x_TI, out, scales, x_TI.stride(0), size, BLOCK=block, num_warps=8)
+    return out, scales
+
+
+@triton.jit
+def _nf4_to_fp8(
+    packed_ptr,
+    absmax_ptr,
+    code2_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    code_ptr,
+    out_ptr,
+    inverse,
+    rows,
+    columns,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """A tile of BLOCK_ROWS x (64 * GROUPS) weights. The first of two weights in a byte is its upper half."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    block = row[:, None] * (columns // 64) + group[None, :]
+    block_mask = (row[:, None] < rows) & (group[None, :] < columns // 64)
+    code2 = tl.load(absmax_ptr + block, mask=block_mask, other=0).to(tl.int32)
+    absmax = tl.load(code2_ptr + code2) * tl.load(absmax2_ptr + block // 256, mask=block_mask, other=0.0)
+    absmax = (absmax + tl.load(offset_ptr)) * inverse
+
+    byte = tl.program_id(1) * (32 * GROUPS) + tl.arange(0, 32 * GROUPS)
+    byte_mask = (row[:, None] < rows) & (byte[None, :] < columns // 2)
+    packed = tl.load(packed_ptr + row[:, None].to(tl.int64) * (columns // 2) + byte[None, :], mask=byte_mask, other=0)
+    packed = packed.to(tl.int32)
+    pairs = tl.join(tl.load(code_ptr + (packed >> 4)), tl.load(code_ptr + (packed & 15)))
+    weights = tl.reshape(pairs, (BLOCK_ROWS, GROUPS, 64)) * absmax[:, :, None]
+    weights = tl.reshape(weights, (BLOCK_ROWS, 64 * GROUPS)).to(tl.float8e4nv)
+
+    column = tl.program_id(1) * (64 * GROUPS) + tl.arange(0, 64 * GROUPS)
+    if TRANSPOSED:
+        mask = (column[:, None] < columns) & (row[None, :] < rows)
+        tl.store(out_ptr + column[:, None].to(tl.int64) * rows + row[None, :], tl.trans(weights), mask=mask)
+    else:
+        mask = (row[:, None] < rows) & (column[None, :] < columns)
+        tl.store(out_ptr + row[:, None].to(tl.int64) * columns + column[None, :], weights, mask=mask)
+
+
+def nf4_to_fp8(weight: Any, scale: float, transposed: bool) -> Tensor:
+    """float8_e4m3 (O, I), or (I, O) when `transposed`, of a double-quantised NF4 weight divided by `scale`.
+
+    `weight` is a bitsandbytes parameter; O and I are divisible by 64, its blocks are 64 weights, those of its scales 256.
+    """
+    state = weight.quant_state
+    rows, columns = state.shape
+    shape = (columns, rows) if transposed else (rows, columns)
+    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    block_rows, groups = (128, 1) if transposed else (32, 4)
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, 64 * groups))
+    with torch.cuda.device(weight.device):
+        _nf4_to_fp8[grid](
+            weight.data,
+            state.absmax,
+            state.state2.code,
+            state.state2.absmax,
+            state.offset,
+            state.code,
+            out,
+            1 / scale,
+            rows,
+            columns,
+            TRANSPOSED=transposed,
+            BLOCK_ROWS=block_rows,
+            GROUPS=groups,
+            num_warps=4,
+        )
+    return out

@@ -1,0 +1,95 @@
+"""Triton kernels of the QLoRA path and its FP8 products on a GPU, against plain PyTorch; refusals everywhere."""
+
+import pytest
+import torch
+
+from finetune.errors import UserError
+from finetune.frozen import FP8_LARGEST, Frozen, check_fp8
+from finetune.nf4 import dense_weight
+from finetune.projection import Group, Projections
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def test_fp8_needs_a_card_that_has_it():
+    with pytest.raises(UserError, match="Ada or Hopper.*found a CPU"):
+        check_fp8(torch.device("cpu"))
+
+
+def test_what_is_not_double_quantised_nf4_keeps_16_bit_products():
+    assert Frozen(torch.nn.Linear(64, 64), fp8=True).scale is None
+
+
+def quantised_layer(inputs: int, outputs: int) -> torch.nn.Module:
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    layer = Linear4bit(inputs, outputs, True, torch.bfloat16, True, "nf4")
+    return layer.to(torch.bfloat16).cuda().requires_grad_(False)
+
+
+class TestOnGpu:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("shape", [(1, 7), (33, 192), (300, 5120)])
+    def test_dropout(self, shape):
+        from finetune.kernels import seeded_dropout
+
+        x = torch.randn(shape, device="cuda").bfloat16() + 10
+        out = seeded_dropout(x, 6554, 65536 / (65536 - 6554), 3)
+        kept = out != 0
+        expected = (x.float() * (65536 / (65536 - 6554))).bfloat16()
+        assert torch.equal(out[kept], expected[kept]) and torch.equal(
+            out, seeded_dropout(x, 6554, 65536 / (65536 - 6554), 3)
+        )
+        if x.numel() > 10**6:
+            assert kept.float().mean().item() == pytest.approx(0.9, abs=0.002)
+            # Neighbours along both axes, and 512 apart (one draw decides about both), are independent.
+            bits, flat = kept.float(), kept.float().flatten()
+            pairs = [bits[1:] * bits[:-1], bits[:, 1:] * bits[:, :-1], flat[512:] * flat[:-512]]
+            assert all(pair.mean().item() == pytest.approx(0.81, abs=0.003) for pair in pairs)
+
+    @pytest.mark.parametrize("size", [64, 5120, 13696])
+    def test_rows(self, size):
+        from finetune.kernels import rows_to_fp8
+
+        x = torch.randn(37, size, device="cuda").bfloat16()
+        x[3] = 0
+        codes, scales = rows_to_fp8(x)
+        expected = x.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / FP8_LARGEST
+        torch.testing.assert_close(scales, expected)
+        assert torch.equal(codes.float(), (x.float() / scales).to(torch.float8_e4m3fn).float())
+
+    @pytest.mark.parametrize("inputs, outputs", [(64, 64), (192, 320), (5120, 1024)])
+    def test_weights(self, inputs, outputs):
+        from finetune.kernels import nf4_to_fp8
+
+        layer = quantised_layer(inputs, outputs)
+        scale = Frozen(layer, fp8=True).scale
+        straight, transposed = (nf4_to_fp8(layer.weight, scale, flag) for flag in (False, True))
+        assert torch.equal(straight.float(), transposed.float().T) and straight.is_contiguous()
+        exact = dense_weight(layer, torch.float32)
+        error = (straight.float() * scale - exact).norm() / exact.norm()
+        assert error < 0.03
+        assert straight.float().abs().max().item() == FP8_LARGEST
+
+    def test_projections_in_fp8(self):
+        """Forward and backward within the rounding of FP8 of the 16-bit products."""
+        layers = [quantised_layer(512, 1024), quantised_layer(512, 256)]
+        x = torch.randn(300, 512, device="cuda").bfloat16().requires_grad_()
+        a = [torch.randn(8, 512, device="cuda").div_(23).requires_grad_() for _ in layers]
+        b = [torch.randn(layer.out_features, 8, device="cuda").requires_grad_() for layer in layers]
+        results = []
+        for fp8 in (False, True):
+            group = Group([Frozen(layer, fp8) for layer in layers], [0.1, 0.2], 0.1)
+            assert all((frozen.scale is not None) == fp8 for frozen in group.frozen)
+            torch.manual_seed(1)
+            outputs = Projections.apply(x, group, *a, *b)
+            torch.manual_seed(2)
+            loss = sum((output * torch.randn_like(output)).sum() for output in outputs)
+            results.append([*outputs, *torch.autograd.grad(loss, [x, *a, *b])])
+        for exact, rounded in zip(*results, strict=True):
+            assert (rounded - exact).float().norm() < 0.06 * exact.float().norm()
