@@ -117,7 +117,7 @@ def _nf4_to_fp8(
 def nf4_to_fp8(weight: Any, scale: float, transposed: bool) -> Tensor:
     """float8_e4m3 (O, I), or (I, O) when `transposed`, of a double-quantised NF4 weight divided by `scale`.
 
-    `weight` is a bitsandbytes parameter; O and I are divisible by 64, its blocks are 64 weights, those of its scales 256.
+    `weight` is a bitsandbytes parameter of sizes divisible by 64, in blocks of 64 weights and of 256 scales.
     """
     state = weight.quant_state
     rows, columns = state.shape

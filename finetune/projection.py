@@ -5,8 +5,8 @@
 peft's own path copies the output and adds a tensor for every term; here each term is accumulated by the matrix product
 that computes it, forward and backward. q, k and v, and gate and up, share their input: it is multiplied with all their
 A at once, its gradient is summed inside the products, and one dropout mask serves them together, as in the original
-LoRA code's merged projections (microsoft/LoRA, MergedLinear). Saved for the backward pass are x and dropout(x) A^T alone:
-W is dequantised again, the mask drawn again from its seed. Parameters, their names and the adapter on disk stay peft's.
+LoRA code's merged projections (microsoft/LoRA, MergedLinear). Saved for the backward pass are x and dropout(x) A^T
+alone: W is dequantised again, the mask drawn again from its seed. Parameters and the adapter on disk stay peft's.
 
 Dimensions: T = tokens, I = input size, O = output size of one projection, R = its rank, S = all ranks of a group.
 """
