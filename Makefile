@@ -185,6 +185,11 @@ baichuan-web: ## [19] the chat page on 127.0.0.1:17860, in front of the service 
 bench-serve: ## measure the engine against transformers, on a CPU with SmolLM2 or with ARGS=--gpu on the card
 	@$(call need,ENVS_DIR)$(call step,llm_env) python -m benchmarks.bench_serve $(ARGS)
 
+##@ Speed of either project's training
+.PHONY: bench-train
+bench-train: ## measure training against others on the same rows, on the card or a CPU (ARGS="--only qlora --rounds 3")
+	@$(call step,qwen_env) python -m benchmarks.bench_train $(ARGS)
+
 ##@ Evaluation of either project's models
 .PHONY: mmcu-download
 mmcu-download: ## [20] fetch MMCU's workbooks (or take a folder that has them), and count them

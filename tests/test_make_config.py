@@ -53,6 +53,7 @@ COMMANDS = {
         "python -m qwen_qlora.utils.merge_lora --model_name_or_path '/models/my qwen' "
         "--adapter_name_or_path /out/final --save_path /merged"
     ),
+    "bench-train ARGS=--list": ["python", "-m", "benchmarks.bench_train", "--list"],
     "qwen-chat": ["python", "-m", "finetune.chat", *BASE, "--adapter_name_or_path", "/out/final"],
 }
 

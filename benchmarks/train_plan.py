@@ -1,0 +1,121 @@
+"""The runs of benchmarks.bench_train: which program, which model, which rows, which flags.
+
+A run of ours is the shipped command with the shipped configuration; a peer reads the same flags. The real ones are for
+a card, the tiny ones show on a CPU that everything works.
+"""
+
+from dataclasses import dataclass, replace
+
+from benchmarks.train_rows import Workload
+from finetune.errors import UserError
+
+OURS = {
+    "qlora": ("qwen_qlora.train_qlora", "qwen_qlora/config/qwen-14b-qlora.json"),
+    "full": ("llm_code.train", "llm_code/training_config/baichuan2_config.json"),
+}
+SHORT_ROWS = Workload(165, 32, 1024, 64)  # text matching and the like
+LONG_ROWS = Workload(330, 64, 1024, 48)  # conversations; the shipped configuration's rows of an update
+TINY_ROWS = Workload(48, 32, 96, 8)
+TOKENS_PER_UPDATE = 32768  # in the sweep over lengths
+WARM_UP = 3  # updates that warm kernels and allocator up and are left out of the speed
+
+
+@dataclass(frozen=True)
+class Run:
+    """`method` is ours to train, qlora or full; `peer` another program that trains the same (None: ours)."""
+
+    name: str
+    group: str  # what is compared or plotted together
+    method: str
+    model: str
+    rows: Workload
+    updates: int
+    flags: tuple[str, ...] = ()
+    peer: str | None = None
+    peer_options: tuple[str, ...] = ()
+    value: float | None = None  # what a sweep varies
+
+
+def main_runs() -> list[Run]:
+    """Ours and the peers, one after the other."""
+    qlora = Run("qlora", "QLoRA", "qlora", "qwen-14b", SHORT_ROWS, 20)
+    peers = replace(qlora, updates=8)
+    return [
+        qlora,
+        replace(qlora, name="qlora-46gib", flags=("--memory_limit_gib", "46")),
+        *(
+            replace(peers, name=f"padded-{rows}", peer="padded", peer_options=("--rows_at_once", str(rows)))
+            for rows in (4, 16)
+        ),
+        *(
+            replace(peers, name=f"unsloth-{tokens}", peer="unsloth", peer_options=options)
+            for tokens, options in (
+                (4096, ("--tokens_at_once", "4096", "--recompute", "none")),
+                (8192, ("--tokens_at_once", "8192", "--recompute", "unsloth")),
+            )
+        ),
+        Run("full", "all parameters", "full", "baichuan2-7b", LONG_ROWS, 16),
+    ]
+
+
+def sweep_runs() -> list[Run]:
+    """How speed changes with one quantity; few updates each."""
+    base = Run("", "", "qlora", "qwen-14b", SHORT_ROWS, 8)
+    runs = []
+    for length in (256, 512, 1024, 2048, 4096, 8192):
+        rows = Workload(length, length, length, TOKENS_PER_UPDATE // length)
+        runs.append(replace(base, name=f"length-{length}", group="length", rows=rows, value=length))
+    for rank in (8, 16, 32, 64, 128, 256):
+        flags = ("--lora_rank", str(rank))
+        runs.append(replace(base, name=f"rank-{rank}", group="rank", flags=flags, value=rank))
+    for model, billions in (("qwen-1_8b", 1.8), ("qwen-7b", 7.7), ("qwen-14b", 14.2), ("qwen2.5-32b", 32.8)):
+        runs.append(replace(base, name=f"size-{model}", group="size", model=model, value=billions))
+    return runs
+
+
+def tiny(run: Run) -> Run:
+    """The same run for a CPU. A learning rate at which losses move, so that equal ones say something."""
+    rows = TINY_ROWS
+    if run.group == "length":
+        length = run.rows.mean // 16 + 16
+        rows = Workload(length, length, length, 4)
+    model = "tiny-baichuan2" if run.method == "full" else "tiny-qwen"
+    flags = (*run.flags, "--learning_rate", "4e-3", "--lora_dropout", "0")
+    return replace(run, model=model, rows=rows, updates=5, flags=flags)
+
+
+def all_runs(is_tiny: bool) -> dict[str, Run]:
+    """Every run by its name."""
+    runs = [*main_runs(), *sweep_runs()]
+    return {run.name: tiny(run) if is_tiny else run for run in runs}
+
+
+def chosen(runs: dict[str, Run], only: list[str], sweeps: list[str]) -> list[Run]:
+    """The runs named by `only`, else those of the sweeps, else the main ones. Raises UserError for an unknown name."""
+    unknown = [name for name in only if name not in runs]
+    if unknown:
+        raise UserError(f"unknown run {unknown[0]}. `--list` shows them.")
+    if only:
+        return [runs[name] for name in only]
+    return [run for run in runs.values() if (run.group in sweeps if sweeps else run.value is None)]
+
+
+def training_flags(run: Run, model_dir: str, train_file: str, output_dir: str) -> list[str]:
+    """The flags of our command; a peer gets the same."""
+    common = {
+        "--train_args_file": OURS[run.method][1],
+        "--model_name_or_path": model_dir,
+        "--train_file": train_file,
+        "--output_dir": output_dir,
+        "--max_seq_length": run.rows.longest,
+        "--per_device_train_batch_size": run.rows.per_update,
+        "--gradient_accumulation_steps": 1,
+        "--max_steps": run.updates,
+        "--num_train_epochs": 100,
+        "--logging_steps": 1,
+        "--warmup_steps": 2,
+        "--save_strategy": "no",
+        "--report_to": "none",
+        "--deepspeed": "none",
+    }
+    return [*(str(word) for pair in common.items() for word in pair), *run.flags]

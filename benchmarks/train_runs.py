@@ -1,0 +1,143 @@
+"""One run of benchmarks.bench_train: a process of its own, and what its report says."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+from benchmarks.machine import REPOSITORY
+from benchmarks.random_model import SHAPES
+from benchmarks.train_plan import OURS, WARM_UP, Run, training_flags
+from benchmarks.train_rows import write_rows
+from finetune.arguments import parse_arguments
+from finetune.speed import full_flops_per_token, qlora_flops_per_token
+
+NEEDED = {"padded": ("peft", "bitsandbytes"), "unsloth": ("unsloth",), None: ()}
+UPDATES_AN_EPOCH = 32
+LOSSES_KEPT = 5  # of the first updates: later ones drift apart by rounding
+LINES_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that ended: its status, its lines, and seconds from its start to the lines that were looked for."""
+
+    status: int
+    lines: list[str]
+    seconds: dict[str, float]
+
+
+def measure(run: Run, folder: Path, more: Sequence[str], limit_s: float) -> dict[str, Any]:
+    """The result of a run: its numbers, or under `status` why there are none."""
+    result = {"name": run.name, "group": run.group, "value": run.value, "model": run.model, "peer": run.peer}
+    result["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    missing = [name for name in NEEDED[run.peer] if importlib.util.find_spec(name) is None]
+    if missing:
+        return {**result, "status": f"{missing[0]} is not installed"}
+    try:
+        model_dir = _model_dir(folder, run.model)
+    except subprocess.CalledProcessError as error:
+        return {**result, "status": _last(error.stderr.splitlines())}
+    rows = write_rows(folder / "rows", run.model, run.rows, UPDATES_AN_EPOCH * run.rows.per_update)
+    output_dir = folder / "output" / run.name
+    shutil.rmtree(output_dir, ignore_errors=True)
+    flags = [*training_flags(run, str(model_dir), str(rows), str(output_dir)), *more]
+    ended = execute(command_of(run, flags), folder / "logs" / f"{run.name}.log", limit_s)
+    shutil.rmtree(output_dir / "final", ignore_errors=True)  # as large as the model in full fine-tuning
+    result["command"] = " ".join(command_of(run, flags)[1:])
+    report = output_dir / "train_report.json"
+    if ended.status or not report.exists():
+        print("\n".join(ended.lines[-LINES_SHOWN:]), file=sys.stderr)
+        return {**result, "status": _last(ended.lines) or f"ended with {ended.status}"}
+    numbers = numbers_of(run, json.loads(report.read_text(encoding="utf-8")), flags)
+    loading = ended.seconds.get("plan: ", 0) - ended.seconds.get("loading ", 0)
+    return {**result, "status": "done", **numbers, "seconds_to_load": round(loading, 1)}
+
+
+def _model_dir(folder: Path, model: str) -> Path:
+    """The random model, made by a process of its own: one that has used a card keeps some of its memory."""
+    target = folder / "models" / model
+    if not (target / "conversion.json").exists():
+        command = [sys.executable, "-m", "benchmarks.random_model", str(target), model]
+        subprocess.run(command, cwd=REPOSITORY, check=True, stderr=subprocess.PIPE, text=True)
+    return target
+
+
+def command_of(run: Run, flags: Sequence[str]) -> list[str]:
+    """The process that trains."""
+    module = ["benchmarks.train_peer", run.peer, *run.peer_options] if run.peer else [OURS[run.method][0]]
+    return [sys.executable, "-m", *module, *flags]
+
+
+def execute(command: Sequence[str], log: Path, limit_s: float) -> Ended:
+    """Run to the end, or to the limit; what it prints goes to the log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lines, seconds, started = [], {}, time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    timer = Timer(limit_s, process.kill)
+    timer.start()
+    with open(log, "w", encoding="utf-8") as file:
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            lines.append(line.rstrip())
+            for start in ("loading ", "plan: "):
+                if line.startswith(start):
+                    seconds.setdefault(start, time.monotonic() - started)
+    status = process.wait()
+    if not timer.is_alive():
+        lines.append(f"killed after {limit_s:.0f} s")
+    timer.cancel()
+    return Ended(status, lines, seconds)
+
+
+def numbers_of(run: Run, report: dict[str, Any], flags: Sequence[str]) -> dict[str, Any]:
+    """What the report says about speed, memory and losses."""
+    history = [entry for entry in report["history"] if "loss" in entry]
+    speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry][WARM_UP:]
+    # Updates are of about equal size, so the mean of their times is the mean of 1/speed.
+    speed = len(speeds) / sum(1 / value for value in speeds) if speeds else None
+    losses = [entry["loss"] for entry in history]
+    return {
+        "tokens_per_second": speed and round(speed, 1),
+        "tflops": speed and round(speed * flops_per_token(run, flags) / 1e12, 4),
+        "peak_memory_gib": report["peak_memory_gib"],
+        "predicted": report.get("predicted", {}),
+        "token_budget": report.get("token_budget"),
+        "layers_kept": report.get("layers_not_recomputed"),
+        "updates": len(history),
+        "losses": losses[:LOSSES_KEPT],
+        "grad_norms": [entry.get("grad_norm") for entry in history[:LOSSES_KEPT]],
+        "last_loss": losses[-1] if losses else None,
+        "speeds": [round(value, 1) for value in speeds],
+    }
+
+
+def flops_per_token(run: Run, flags: Sequence[str]) -> float:
+    """FLOP of a trained token that any way must compute: recomputation and padding are not counted."""
+    shape = SHAPES[run.model]
+    if run.method == "full":
+        return full_flops_per_token(shape)
+    return qlora_flops_per_token(shape, parse_arguments(_known(flags)).lora.lora_rank)
+
+
+def _known(flags: Sequence[str]) -> list[str]:
+    """Of the flags those that say the rank."""
+    ranks = [index for index, word in enumerate(flags) if word == "--lora_rank"]
+    return list(flags[ranks[-1] : ranks[-1] + 2]) if ranks else []
+
+
+def _last(lines: Sequence[str]) -> str:
+    """The last line that says something, without `error: `."""
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1].removeprefix("error: ")[:300] if said else ""

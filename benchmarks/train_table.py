@@ -1,0 +1,123 @@
+"""The results of benchmarks.bench_train as a Markdown table and a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from finetune.pictures import picture
+from finetune.tables import markdown_table, percent
+
+REFERENCES = {"QLoRA": "qlora", "all parameters": "full"}  # what the others of a group are compared with
+HEADER = (
+    "run",
+    "tokens/s",
+    "slowest to fastest round",
+    "ours is faster by",
+    "share of the product rate",
+    "peak GiB",
+    "planned GiB",
+    "tokens at once",
+    "layers kept",
+    "first losses differ by",
+    "loads in s",
+)
+Result = dict[str, Any]
+
+
+def grouped(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
+    """Group -> name -> its results, in the order they came; of a failed and a finished run the latter counts."""
+    groups: dict[str, dict[str, list[Result]]] = {}
+    for result in results:
+        groups.setdefault(result["group"], {}).setdefault(result["name"], []).append(result)
+    for runs in groups.values():
+        for name, lines in runs.items():
+            finished = [line for line in lines if line["status"] == "done"]
+            runs[name] = finished or lines[-1:]
+    return groups
+
+
+def speed_of(lines: Sequence[Result]) -> float | None:
+    """The median of the rounds, None for a run that did not finish."""
+    speeds = [line["tokens_per_second"] for line in lines if line["status"] == "done"]
+    return median(speeds) if speeds else None
+
+
+def loss_difference(lines: Sequence[Result], reference: Sequence[Result] | None) -> float | None:
+    """Largest difference of the losses of the first updates."""
+    if not reference or reference[0]["status"] != "done":
+        return None
+    pairs = zip(lines[0]["losses"], reference[0]["losses"], strict=False)
+    return max((abs(one - other) for one, other in pairs), default=None)
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown: where it was measured, a table for each group, and what did not run, in words."""
+    if not results:
+        return "nothing was measured\n"
+    last = results[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    blocks = [
+        f"{last['device']}: a large product runs at {last['product_rate_tflops']:.4g} TFLOP/s. {versions}. "
+        f"Commit {last['git_commit']}, {last['date'][:10]}."
+    ]
+    for group, runs in grouped(results).items():
+        reference = runs.get(REFERENCES.get(group, ""))
+        rows = [_row(name, lines, reference) for name, lines in runs.items() if lines[0]["status"] == "done"]
+        blocks.append("\n".join([f"**{group}**", "", *markdown_table(HEADER, rows)] if rows else [f"**{group}**"]))
+        failed = [f"- {name}: {lines[0]['status']}" for name, lines in runs.items() if lines[0]["status"] != "done"]
+        blocks.extend(["Did not run:\n\n" + "\n".join(failed)] if failed else [])
+    return "\n\n".join(blocks) + "\n"
+
+
+def _row(name: str, lines: Sequence[Result], reference: Sequence[Result] | None) -> list[str]:
+    one, speeds = lines[0], [line["tokens_per_second"] for line in lines]
+    ours = speed_of(reference) if reference else None
+    difference = loss_difference(lines, reference)
+    is_reference = reference is not None and one is reference[0]
+    return [
+        name,
+        f"{median(speeds):,.0f}",
+        f"{min(speeds):,.0f} to {max(speeds):,.0f}" if len(speeds) > 1 else "-",
+        f"{ours / median(speeds):.2f}" if ours and not is_reference else "-",
+        # A model for a CPU is so small that the share would say nothing.
+        "-" if one["device"] == "cpu" else percent(median(line["share_of_product_rate"] for line in lines)),
+        _text(one["peak_memory_gib"], ".1f"),
+        _text(one["predicted"].get("peak_memory_gib"), ".1f"),
+        _text(one["token_budget"], ",d"),
+        _text(one["layers_kept"], "d"),
+        f"{difference:.1e}" if difference is not None and not is_reference else "-",
+        _text(one["seconds_to_load"], ".0f"),
+    ]
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """A panel a group: bars of what is compared, a line over what a sweep varies."""
+    panels = {group: runs for group, runs in grouped(results).items() if any(map(speed_of, runs.values()))}
+    if not panels:
+        return
+    with picture(path, (8, 3 * len(panels))) as figure:
+        for axes, (group, runs) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
+            finished = {name: lines for name, lines in runs.items() if speed_of(lines)}
+            (_line if next(iter(finished.values()))[0]["value"] is not None else _bars)(axes, group, finished)
+
+
+def _bars(axes: Any, group: str, runs: dict[str, list[Result]]) -> None:
+    names, speeds = list(runs), [speed_of(lines) for lines in runs.values()]
+    spread = [[abs(line["tokens_per_second"] - speed_of(lines)) for line in lines] for lines in runs.values()]
+    axes.barh(names, speeds, xerr=[max(one) for one in spread], color="tab:blue")
+    axes.invert_yaxis()
+    axes.set(title=f"{group}: trained tokens per second")
+
+
+def _line(axes: Any, group: str, runs: dict[str, list[Result]]) -> None:
+    points = sorted((lines[0]["value"], speed_of(lines)) for lines in runs.values())
+    axes.plot(*zip(*points, strict=True), "o-")
+    axes.set(title=f"tokens per second over {group}", xscale="log", ylim=(0, None))
+    axes.set_xticks([value for value, _ in points], [f"{value:g}" for value, _ in points])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)

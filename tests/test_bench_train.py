@@ -1,0 +1,150 @@
+"""The training benchmark, run for real with tiny models: equal losses, missing peers named, finished runs skipped."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_train, train_runs
+from benchmarks.random_model import SHAPES, build
+from benchmarks.train_rows import Workload, draw_lengths, write_rows
+from benchmarks.train_table import table
+from finetune.errors import UserError
+from finetune.memory import KNOWN_SHAPES
+from tests.tiny.session import build_once
+
+NAMES = "qlora,padded-4,unsloth-4096,full"
+
+
+def run_tiny(folder: Path, *more: str) -> None:
+    bench_train.main([str(folder), "--size", "tiny", "--only", NAMES, *more])
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a benchmark that ran once, in processes of its own."""
+    return build_once(tmp_path_factory, "bench", run_tiny)
+
+
+@pytest.fixture
+def results(bench: Path) -> dict[str, dict]:
+    return {line["name"]: line for line in bench_train.read_results(bench / "results.jsonl")}
+
+
+def test_losses_and_gradients_are_those_of_the_padded_peer(results):
+    ours, padded = results["qlora"], results["padded-4"]
+    assert len(ours["losses"]) == 5 and ours["losses"] == pytest.approx(padded["losses"], abs=5e-4)
+    assert ours["grad_norms"] == pytest.approx(padded["grad_norms"], rel=1e-3)
+    assert max(ours["losses"]) - min(ours["losses"]) > 0.05  # they move, so that equal ones say something
+
+
+def test_a_result_says_where_how_and_how_fast(results):
+    for name in ("qlora", "padded-4", "full"):
+        result = results[name]
+        assert result["status"] == "done" and result["tokens_per_second"] > 0 and result["device"] == "cpu"
+        assert result["versions"]["torch"] and result["product_rate_tflops"] > 0 and result["seconds_to_load"] > 0
+        assert result["updates"] == 5 and len(result["speeds"]) == 2
+    full, shape = results["full"], SHAPES["tiny-baichuan2"]
+    assert full["tflops"] == pytest.approx(6 * shape.parameters * full["tokens_per_second"] / 1e12, abs=1e-4)
+    assert full["token_budget"] and full["layers_kept"] == 2 and full["predicted"]["peak_memory_gib"] > 0
+    assert "llm_code/training_config/baichuan2_config.json" in full["command"]
+
+
+def test_a_missing_peer_is_named_and_stops_no_other(bench, results):
+    assert results["unsloth-4096"]["status"] == "unsloth is not installed"
+    text = (bench / "table.md").read_text()
+    assert "- unsloth-4096: unsloth is not installed" in text
+    assert "| padded-4 |" in text and "| full |" in text
+    assert (bench / "bench_train.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resume_skips_what_is_done(bench, monkeypatch):
+    begun = []
+
+    def measure(run, *_):
+        begun.append(run.name)
+        return {"name": run.name, "group": run.group, "status": "not begun", "date": "2026-01-01"}
+
+    monkeypatch.setattr(bench_train, "measure", measure)
+    results = (bench / "results.jsonl").read_text()
+    run_tiny(bench, "--resume", "--rounds", "2")
+    # Round 1 lacks the peer that is not installed, round 2 everything; rounds are interleaved.
+    assert begun == ["unsloth-4096", *NAMES.split(",")]
+    (bench / "results.jsonl").write_text(results)
+
+
+def test_a_run_that_fails_says_why(bench, capsys):
+    run_tiny(bench, "--results", str(bench / "failed"), "--only", "qlora", "--memory_limit", "a lot")
+    (line,) = bench_train.read_results(bench / "failed" / "results.jsonl")
+    assert "unknown argument --memory_limit" in line["status"]
+    assert "- qlora: unknown argument --memory_limit" in capsys.readouterr().out
+
+
+def test_the_table_compares_medians_with_ours():
+    common = {"group": "QLoRA", "status": "done", "device": "card", "share_of_product_rate": 0.5, "date": "2026-01-01"}
+    common |= {"predicted": {}, "token_budget": None, "layers_kept": None, "peak_memory_gib": 9.5, "versions": {}}
+    common |= {"product_rate_tflops": 700, "git_commit": "abc", "seconds_to_load": 3, "value": None}
+    ours = [{**common, "name": "qlora", "tokens_per_second": speed, "losses": [2.0]} for speed in (900, 1000, 5000)]
+    text = table([*ours, {**common, "name": "padded-4", "tokens_per_second": 250, "losses": [2.001]}])
+    assert "| padded-4 | 250 | - | 4.00 | 50.0 % | 9.5 | - | - | - | 1.0e-03 | 3 |" in text
+    assert "| qlora | 1,000 | 900 to 5,000 | - |" in text
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UserError, match="unknown run qlora-1"):
+        bench_train.main(["--only", "qlora-1"])
+    with pytest.raises(UserError, match="unknown shape qwen-99b"):
+        build(Path("nowhere"), "qwen-99b")
+
+
+def test_the_list_names_every_run(capsys):
+    bench_train.main(["--size", "real", "--list"])
+    listed = capsys.readouterr().out.splitlines()
+    assert {"qlora", "padded-16", "full", "length-8192", "rank-256", "size-qwen2.5-32b"} <= {
+        line.split()[0] for line in listed
+    }
+
+
+@pytest.mark.parametrize("workload, mean", [(Workload(165, 32, 1024, 64), 165), (Workload(330, 64, 1024, 48), 330)])
+def test_lengths_are_lognormal_within_their_limits(workload, mean):
+    lengths = draw_lengths(workload, 20000)
+    assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.04)
+    assert (min(lengths), max(lengths)) == (workload.shortest, workload.longest)
+
+
+@pytest.mark.parametrize("model", ["tiny-qwen", "tiny-baichuan2"])
+def test_a_rows_tokens_are_counted_with_the_template(bench, model, tmp_path):
+    """Encoded as training encodes them; what the template writes counts, and one word is one token."""
+    from transformers import AutoTokenizer
+
+    from finetune.conversation import encode_rows
+    from finetune.rows import read_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(build(bench / "models" / model, model))
+    workload = Workload(48, 32, 96, 8)
+    samples, report = encode_rows(tokenizer, read_rows(write_rows(tmp_path, model, workload, 50)), 1024)
+    assert [len(sample.input_ids) for sample in samples] == draw_lengths(workload, 50) and not report.num_cut
+    assert len({token for sample in samples for token in sample.input_ids}) > 300
+
+
+def test_a_random_model_is_complete_and_left_alone(bench):
+    from safetensors import safe_open
+
+    folder = bench / "models" / "tiny-qwen"
+    files = sorted(folder.glob("*.safetensors"))
+    sizes = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            sizes |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    assert sum(tensor.numel() for tensor in sizes.values()) == SHAPES["tiny-qwen"].parameters
+    drawn = sizes["model.layers.1.mlp.up_proj.weight"].float()
+    assert drawn.std() == pytest.approx(0.02, rel=0.1) and abs(drawn.mean()) < 0.002
+    before = files[0].stat().st_mtime_ns
+    assert build(folder, "tiny-qwen") == folder and files[0].stat().st_mtime_ns == before
+    assert set(KNOWN_SHAPES) <= set(SHAPES)
+    assert json.loads((folder / "config.json").read_text())["num_key_value_heads"] == 4
+
+
+def test_a_run_past_its_limit_is_killed(tmp_path):
+    ended = train_runs.execute(["sleep", "60"], tmp_path / "log", 0.3)
+    assert ended.status != 0 and ended.lines[-1] == "killed after 0 s"
