@@ -22,7 +22,7 @@ WARM_UP = 3  # updates that warm kernels and allocator up and are left out of th
 
 @dataclass(frozen=True)
 class Run:
-    """`method` is ours to train, qlora or full; `peer` another program that trains the same (None: ours)."""
+    """`method` is qlora, full, or rows (no training); `peer` another program that trains the same, None for ours."""
 
     name: str
     group: str  # what is compared or plotted together
@@ -48,11 +48,13 @@ def main_runs() -> list[Run]:
             for rows in (4, 16)
         ),
         *(
-            replace(peers, name=f"unsloth-{tokens}", peer="unsloth", peer_options=options)
-            for tokens, options in (
-                (4096, ("--tokens_at_once", "4096", "--recompute", "none")),
-                (8192, ("--tokens_at_once", "8192", "--recompute", "unsloth")),
+            replace(
+                peers,
+                name=f"unsloth-{tokens}",
+                peer="unsloth",
+                peer_options=("--tokens_at_once", str(tokens), "--recompute", recompute),
             )
+            for tokens, recompute in ((4096, "none"), (6144, "none"), (8192, "unsloth"))
         ),
         Run("full", "all parameters", "full", "baichuan2-7b", LONG_ROWS, 16),
     ]
@@ -61,7 +63,8 @@ def main_runs() -> list[Run]:
 def sweep_runs() -> list[Run]:
     """How speed changes with one quantity; few updates each."""
     base = Run("", "", "qlora", "qwen-14b", SHORT_ROWS, 8)
-    runs = []
+    rows = replace(base, group="rows", method="rows")
+    runs = [replace(rows, name=f"rows-{count}", value=count) for count in (1_000, 10_000, 100_000)]
     for length in (256, 512, 1024, 2048, 4096, 8192):
         rows = Workload(length, length, length, TOKENS_PER_UPDATE // length)
         runs.append(replace(base, name=f"length-{length}", group="length", rows=rows, value=length))
@@ -75,6 +78,8 @@ def sweep_runs() -> list[Run]:
 
 def tiny(run: Run) -> Run:
     """The same run for a CPU. A learning rate at which losses move, so that equal ones say something."""
+    if run.method == "rows":
+        return replace(run, model="tiny-qwen", rows=TINY_ROWS)
     rows = TINY_ROWS
     if run.group == "length":
         length = run.rows.mean // 16 + 16

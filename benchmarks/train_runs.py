@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
+from benchmarks.data_speed import measure_rows
 from benchmarks.machine import REPOSITORY
 from benchmarks.random_model import SHAPES
 from benchmarks.train_plan import OURS, WARM_UP, Run, training_flags
@@ -24,21 +25,30 @@ NEEDED = {"padded": ("peft", "bitsandbytes"), "unsloth": ("unsloth",), None: ()}
 UPDATES_AN_EPOCH = 32
 LOSSES_KEPT = 5  # of the first updates: later ones drift apart by rounding
 LINES_SHOWN = 12
+LOADING = ("loading ", "plan: ")  # how the lines before and after the loading of a model begin
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that ended: its status, its lines, and seconds from its start to the lines that were looked for."""
+    """A process: its status, its lines, and seconds from its start to its end and to the lines that are looked for."""
 
     status: int
     lines: list[str]
     seconds: dict[str, float]
+
+    @property
+    def loading(self) -> float | None:
+        """Seconds between the two lines that stand around the loading of the model."""
+        first, second = (self.seconds.get(start) for start in LOADING)
+        return None if first is None or second is None else round(second - first, 1)
 
 
 def measure(run: Run, folder: Path, more: Sequence[str], limit_s: float) -> dict[str, Any]:
     """The result of a run: its numbers, or under `status` why there are none."""
     result = {"name": run.name, "group": run.group, "value": run.value, "model": run.model, "peer": run.peer}
     result["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    if run.method == "rows":
+        return {**result, "status": "done", **measure_rows(folder, run.model, run.rows, int(run.value))}
     missing = [name for name in NEEDED[run.peer] if importlib.util.find_spec(name) is None]
     if missing:
         return {**result, "status": f"{missing[0]} is not installed"}
@@ -58,8 +68,7 @@ def measure(run: Run, folder: Path, more: Sequence[str], limit_s: float) -> dict
         print("\n".join(ended.lines[-LINES_SHOWN:]), file=sys.stderr)
         return {**result, "status": _last(ended.lines) or f"ended with {ended.status}"}
     numbers = numbers_of(run, json.loads(report.read_text(encoding="utf-8")), flags)
-    loading = ended.seconds.get("plan: ", 0) - ended.seconds.get("loading ", 0)
-    return {**result, "status": "done", **numbers, "seconds_to_load": round(loading, 1)}
+    return {**result, "status": "done", **numbers, "seconds": ended.seconds["end"], "seconds_to_load": ended.loading}
 
 
 def _model_dir(folder: Path, model: str) -> Path:
@@ -72,7 +81,9 @@ def _model_dir(folder: Path, model: str) -> Path:
 
 
 def command_of(run: Run, flags: Sequence[str]) -> list[str]:
-    """The process that trains."""
+    """The process of a run, or for `rows` the module: that takes no flags."""
+    if run.method == "rows":
+        return [sys.executable, "-m", "benchmarks.data_speed"]
     module = ["benchmarks.train_peer", run.peer, *run.peer_options] if run.peer else [OURS[run.method][0]]
     return [sys.executable, "-m", *module, *flags]
 
@@ -91,10 +102,11 @@ def execute(command: Sequence[str], log: Path, limit_s: float) -> Ended:
             file.write(line)
             file.flush()
             lines.append(line.rstrip())
-            for start in ("loading ", "plan: "):
+            for start in LOADING:
                 if line.startswith(start):
                     seconds.setdefault(start, time.monotonic() - started)
     status = process.wait()
+    seconds["end"] = round(time.monotonic() - started, 1)
     if not timer.is_alive():
         lines.append(f"killed after {limit_s:.0f} s")
     timer.cancel()

@@ -19,22 +19,33 @@ HEADER = (
     "planned GiB",
     "tokens at once",
     "layers kept",
-    "first losses differ by",
+    "first losses differ by at most",
     "loads in s",
+)
+ROWS_HEADER = (
+    "rows",
+    "tokens",
+    "read s",
+    "encode s",
+    "plan s",
+    "collate s",
+    "rows/s",
+    "tokens/s",
+    "faster than ours by",
 )
 Result = dict[str, Any]
 
 
 def grouped(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
-    """Group -> name -> its results, in the order they came; of a failed and a finished run the latter counts."""
-    groups: dict[str, dict[str, list[Result]]] = {}
+    """Group -> name -> a result a round: the newest of each, those that finished where any did."""
+    groups: dict[str, dict[str, dict[int, Result]]] = {}
     for result in results:
-        groups.setdefault(result["group"], {}).setdefault(result["name"], []).append(result)
-    for runs in groups.values():
-        for name, lines in runs.items():
-            finished = [line for line in lines if line["status"] == "done"]
-            runs[name] = finished or lines[-1:]
-    return groups
+        groups.setdefault(result["group"], {}).setdefault(result["name"], {})[result["round"]] = result
+    return {group: {name: _finished(rounds) for name, rounds in runs.items()} for group, runs in groups.items()}
+
+
+def _finished(rounds: dict[int, Result]) -> list[Result]:
+    return [line for line in rounds.values() if line["status"] == "done"] or list(rounds.values())[-1:]
 
 
 def speed_of(lines: Sequence[Result]) -> float | None:
@@ -61,11 +72,17 @@ def table(results: Sequence[Result]) -> str:
         f"{last['device']}: a large product runs at {last['product_rate_tflops']:.4g} TFLOP/s. {versions}. "
         f"Commit {last['git_commit']}, {last['date'][:10]}."
     ]
-    for group, runs in grouped(results).items():
-        reference = runs.get(REFERENCES.get(group, ""))
-        rows = [_row(name, lines, reference) for name, lines in runs.items() if lines[0]["status"] == "done"]
-        blocks.append("\n".join([f"**{group}**", "", *markdown_table(HEADER, rows)] if rows else [f"**{group}**"]))
-        failed = [f"- {name}: {lines[0]['status']}" for name, lines in runs.items() if lines[0]["status"] != "done"]
+    groups = grouped(results)
+    training = speed_of(groups.get("QLoRA", {}).get("qlora", []))
+    for group, runs in groups.items():
+        finished = {name: lines for name, lines in runs.items() if lines[0]["status"] == "done"}
+        header, reference = HEADER, runs.get(REFERENCES.get(group, ""))
+        rows = [_row(name, lines, reference) for name, lines in finished.items() if group != "rows"]
+        if group == "rows":
+            header, rows = ROWS_HEADER, [_data_row(lines[0], training) for lines in finished.values()]
+        failed = [f"- {name}: {lines[0]['status']}" for name, lines in runs.items() if name not in finished]
+        blocks.append(f"**{group}**")
+        blocks.extend(["\n".join(markdown_table(header, rows))] if rows else [])
         blocks.extend(["Did not run:\n\n" + "\n".join(failed)] if failed else [])
     return "\n\n".join(blocks) + "\n"
 
@@ -88,6 +105,19 @@ def _row(name: str, lines: Sequence[Result], reference: Sequence[Result] | None)
         _text(one["layers_kept"], "d"),
         f"{difference:.1e}" if difference is not None and not is_reference else "-",
         _text(one["seconds_to_load"], ".0f"),
+    ]
+
+
+def _data_row(result: Result, ours: float | None) -> list[str]:
+    """The rows' way to the card, compared with the speed at which the card takes them."""
+    stages, speed = result["stage_seconds"], result["tokens_per_second"]
+    return [
+        f"{result['rows']:,}",
+        f"{result['tokens']:,}",
+        *(f"{stages[stage]:.2f}" for stage in ("read", "encode", "plan", "collate")),
+        f"{result['rows_per_second']:,}",
+        f"{speed:,}",
+        f"{speed / ours:.0f}" if ours else "-",
     ]
 
 

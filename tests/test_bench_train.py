@@ -84,8 +84,9 @@ def test_the_table_compares_medians_with_ours():
     common = {"group": "QLoRA", "status": "done", "device": "card", "share_of_product_rate": 0.5, "date": "2026-01-01"}
     common |= {"predicted": {}, "token_budget": None, "layers_kept": None, "peak_memory_gib": 9.5, "versions": {}}
     common |= {"product_rate_tflops": 700, "git_commit": "abc", "seconds_to_load": 3, "value": None}
-    ours = [{**common, "name": "qlora", "tokens_per_second": speed, "losses": [2.0]} for speed in (900, 1000, 5000)]
-    text = table([*ours, {**common, "name": "padded-4", "tokens_per_second": 250, "losses": [2.001]}])
+    speeds = [(1, 7), (1, 900), (2, 1000), (3, 5000)]  # of a round that was repeated the last counts
+    ours = [common | {"name": "qlora", "round": i, "tokens_per_second": speed, "losses": [2.0]} for i, speed in speeds]
+    text = table([*ours, common | {"name": "padded-4", "round": 1, "tokens_per_second": 250, "losses": [2.001]}])
     assert "| padded-4 | 250 | - | 4.00 | 50.0 % | 9.5 | - | - | - | 1.0e-03 | 3 |" in text
     assert "| qlora | 1,000 | 900 to 5,000 | - |" in text
 
@@ -148,3 +149,11 @@ def test_a_random_model_is_complete_and_left_alone(bench):
 def test_a_run_past_its_limit_is_killed(tmp_path):
     ended = train_runs.execute(["sleep", "60"], tmp_path / "log", 0.3)
     assert ended.status != 0 and ended.lines[-1] == "killed after 0 s"
+
+
+def test_the_sweep_over_rows_measures_the_data_alone(bench, tmp_path, capsys):
+    bench_train.main([str(tmp_path), "--size", "tiny", "--only", "rows-1000"])
+    (line,) = bench_train.read_results(tmp_path / "results.jsonl")
+    assert line["rows"] == 1000 and line["tokens"] == pytest.approx(48_000, rel=0.1)
+    assert set(line["stage_seconds"]) == {"read", "encode", "plan", "collate"} and line["rows_per_second"] > 0
+    assert "| 1,000 |" in capsys.readouterr().out
