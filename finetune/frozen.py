@@ -43,18 +43,15 @@ class Frozen:
         largest = dequantize_blockwise(state.absmax, state.state2) + state.offset
         return largest.abs().max().item() / FP8_LARGEST
 
-    def forward(self, x_TI: Tensor, low_TR: Tensor, b_OR: Tensor, scaling: float, shared: dict[str, Any]) -> Tensor:
-        """x W^T + bias + scaling * low B^T, (T, O). `shared` carries what the products of one x have in common."""
+    def forward(self, x_TI: Tensor, low_TR: Tensor, b_OR: Tensor, shared: dict[str, Any]) -> Tensor:
+        """x W^T + bias + low B^T, (T, O). `shared` carries what the products of one x have in common."""
         bias = None if self.base.bias is None else self.base.bias.to(x_TI.dtype)
         if self.scale is not None:
             if "x" not in shared:
                 shared["x"] = quantize_rows(x_TI)
-            return self._fp8_product(*shared["x"], transposed=False).addmm_(low_TR, b_OR.T, alpha=scaling)
+            return self._fp8_product(*shared["x"], transposed=False).addmm_(low_TR, b_OR.T)
         # The small product first: the large one then adds to it in 32 bits.
-        if bias is None:
-            output_TO = (low_TR @ b_OR.T).mul_(scaling) if scaling != 1 else low_TR @ b_OR.T
-        else:
-            output_TO = torch.addmm(bias, low_TR, b_OR.T, alpha=scaling)
+        output_TO = low_TR @ b_OR.T if bias is None else torch.addmm(bias, low_TR, b_OR.T)
         return output_TO.addmm_(x_TI, dense_weight(self.base, x_TI.dtype).T)
 
     def add_input_gradient(self, total_TI: Tensor, grad_TO: Tensor) -> Tensor:

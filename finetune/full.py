@@ -51,6 +51,7 @@ def _load(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from finetune.accumulate import accumulate_in_products
     from finetune.attention import PADDING_FREE, enable_padding_free_attention
     from finetune.loss import enable_chunked_loss
     from finetune.qlora import apply_liger
@@ -70,6 +71,8 @@ def _load(
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation=PADDING_FREE, **place)
     enable_chunked_loss(model, normalize_head=norm_head)
     apply_liger(model)
+    if stage == "none":
+        accumulate_in_products(model)
     return enable_padding_free_attention(model)
 
 

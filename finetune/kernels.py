@@ -1,4 +1,4 @@
-"""Triton kernels of the QLoRA path: seeded dropout, 4-bit weights and rows of activations to 8-bit floating point.
+"""Triton kernels of training: seeded dropout, weights and activations to 8-bit floating point, rows to unit length.
 
 Each reads and writes every number once. Needs triton; tests/test_kernels.py compares them with plain PyTorch.
 """
@@ -143,3 +143,46 @@ def nf4_to_fp8(weight: Any, scale: float, transposed: bool) -> Tensor:
             num_warps=4,
         )
     return out
+
+
+@triton.jit
+def _unit_rows(weight_ptr, out_ptr, scale_ptr, smallest, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < size
+    weight = tl.load(weight_ptr + row * size + column, mask=mask, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(weight * weight)), smallest)
+    tl.store(out_ptr + row * size + column, weight * scale, mask=mask)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _through_unit_rows(grad_ptr, weight_ptr, scale_ptr, largest, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < size
+    scale = tl.load(scale_ptr + row)
+    unit = tl.load(weight_ptr + row * size + column, mask=mask, other=0.0).to(tl.float32) * scale
+    grad = tl.load(grad_ptr + row * size + column, mask=mask, other=0.0).to(tl.float32)
+    # A row shorter than the smallest norm is divided by that constant, not by its norm.
+    along = tl.where(scale < largest, tl.sum(unit * grad), 0.0)
+    tl.store(grad_ptr + row * size + column, (grad - unit * along) * scale, mask=mask)
+
+
+def unit_rows(weight_VH: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
+    """((V, H) rows divided by their norms, or by `smallest` where shorter; float32 (V,) inverse norms)."""
+    count, size = weight_VH.shape
+    out, scales = torch.empty_like(weight_VH), torch.empty(count, dtype=torch.float32, device=weight_VH.device)
+    with torch.cuda.device(weight_VH.device):
+        block = triton.next_power_of_2(size)
+        _unit_rows[(count,)](weight_VH, out, scales, smallest, size, BLOCK=block, num_warps=8)
+    return out, scales
+
+
+def through_unit_rows_(grad_VH: Tensor, weight_VH: Tensor, scale_V: Tensor, largest: float) -> Tensor:
+    """The gradient of unit rows u turned into that of the weight, in place: (g - u (u . g)) / |w|."""
+    count, size = weight_VH.shape
+    with torch.cuda.device(weight_VH.device):
+        block = triton.next_power_of_2(size)
+        _through_unit_rows[(count,)](grad_VH, weight_VH, scale_V, largest, size, BLOCK=block, num_warps=8)
+    return grad_VH

@@ -87,9 +87,34 @@ def _head_forward(self: nn.Linear, hidden: Tensor, targets_N: Tensor | None = No
     """Logits of `hidden`, or with targets the summed loss of hidden (N, H)."""
     if targets_N is None:
         return self._forward_all(hidden)
-    if hidden.is_cuda and targets_N.numel() and not self._normalize and liger_loss():
-        return liger_cross_entropy(hidden, self.weight, targets_N, self._chunk_rows)
+    # ZeRO-3 takes the weight away between forward and backward pass: there all is computed in the forward pass.
+    is_partitioned = self._normalize and hasattr(self.weight, "ds_id")
+    if hidden.is_cuda and targets_N.numel() and not is_partitioned and liger_loss():
+        weight = UnitRows.apply(self.weight) if self._normalize else self.weight
+        return liger_cross_entropy(hidden, weight, targets_N, self._chunk_rows)
     return summed_cross_entropy(hidden, self.weight, targets_N, self._chunk_rows, self._normalize)
+
+
+class UnitRows(torch.autograd.Function):
+    """`apply(weight_VH)`: its rows divided by their L2 norms, in its own dtype, with the exact gradient; CUDA."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VH: Tensor) -> Tensor:
+        """(V, H); beside the weight only V inverse norms are kept."""
+        from finetune.kernels import unit_rows
+
+        unit_VH, scale_V = unit_rows(weight_VH, SMALLEST_NORM)
+        ctx.save_for_backward(weight_VH, scale_V)
+        return unit_VH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_VH: Tensor) -> Tensor:
+        """Takes the place of the incoming gradient, the largest tensor of the pass: the loss alone made it."""
+        from finetune.kernels import through_unit_rows_
+
+        weight_VH, scale_V = ctx.saved_tensors
+        return through_unit_rows_(grad_VH.contiguous(), weight_VH, scale_V, 1 / SMALLEST_NORM)
 
 
 @lru_cache(maxsize=1)

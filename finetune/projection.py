@@ -157,13 +157,13 @@ class Projections(torch.autograd.Function):
         """x (..., I), A (R, I), B (O, R) -> n outputs (..., O)."""
         x_TI = x.reshape(-1, x.shape[-1])
         ranks = [len(a_RI) for a_RI in matrices[: len(group.frozen)]]
+        scaled_b = _scaled(matrices[len(ranks) :], group.scalings, x.dtype)
         ctx.group, ctx.shape, ctx.ranks = group, x.shape, ranks
         ctx.seed = draw_seed() if group.dropout else 0
         low_TS = dropout(x_TI, group.dropout, ctx.seed) @ _stacked(matrices[: len(ranks)], x.dtype).T
         shared, outputs = {}, []
-        parts = zip(group.frozen, group.scalings, low_TS.split(ranks, 1), matrices[len(ranks) :], strict=True)
-        for frozen, scaling, low_TR, b_OR in parts:
-            output_TO = frozen.forward(x_TI, low_TR, b_OR.to(x.dtype), scaling, shared)
+        for frozen, low_TR, b_OR in zip(group.frozen, low_TS.split(ranks, 1), scaled_b, strict=True):
+            output_TO = frozen.forward(x_TI, low_TR, b_OR, shared)
             outputs.append(output_TO.view(*x.shape[:-1], -1))
         ctx.save_for_backward(x_TI, low_TS, *matrices)
         return tuple(outputs)
@@ -176,9 +176,8 @@ class Projections(torch.autograd.Function):
         group, count = ctx.group, len(ctx.ranks)
         a_list, b_list, dtype = matrices[:count], matrices[count:], x_TI.dtype
         grads_TO = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
-        grad_low_TS = torch.cat(
-            [grad @ (b_OR * s).to(dtype) for grad, b_OR, s in zip(grads_TO, b_list, group.scalings, strict=True)], 1
-        )
+        scaled_b = _scaled(b_list, group.scalings, dtype)
+        grad_low_TS = torch.cat([grad @ b_OR for grad, b_OR in zip(grads_TO, scaled_b, strict=True)], 1)
         lows = low_TS.split(ctx.ranks, 1)
         grads_b = [
             (grad.T @ low).mul_(s).to(b_OR.dtype)
@@ -193,6 +192,11 @@ class Projections(torch.autograd.Function):
                 grad_TI = frozen.add_input_gradient(grad_TI, grad_TO)
             grad_x = grad_TI.view(ctx.shape)
         return grad_x, None, *grads_a, *grads_b
+
+
+def _scaled(matrices: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
+    """Every B times its scaling."""
+    return [(matrix * scaling).to(dtype) for matrix, scaling in zip(matrices, scalings, strict=True)]
 
 
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

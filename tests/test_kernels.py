@@ -93,3 +93,37 @@ class TestOnGpu:
             results.append([*outputs, *torch.autograd.grad(loss, [x, *a, *b])])
         for exact, rounded in zip(*results, strict=True):
             assert (rounded - exact).float().norm() < 0.06 * exact.float().norm()
+
+    @pytest.mark.parametrize("size", [64, 4096])
+    def test_unit_rows_and_their_gradient(self, size):
+        from finetune.loss import UnitRows
+
+        weight = torch.randn(300, size, device="cuda").bfloat16()
+        weight[5] = 0
+        weight.requires_grad_()
+        exact = weight.detach().double().requires_grad_()
+        grad = torch.randn(300, size, device="cuda").bfloat16()
+        unit, expected = UnitRows.apply(weight), torch.nn.functional.normalize(exact)
+        assert (unit - expected).norm() < 3e-3 * expected.norm()
+        rows = torch.arange(300, device="cuda") != 5  # the zero row's gradient is 1e12 times the incoming one
+        (found,) = torch.autograd.grad(unit, weight, grad.clone())
+        (wanted,) = torch.autograd.grad(expected, exact, grad.double())
+        assert (found - wanted)[rows].norm() < 4e-3 * wanted[rows].norm()
+        torch.testing.assert_close(found[5].double(), wanted[5], rtol=1e-2, atol=0)
+
+    def test_the_normalised_heads_loss_and_gradients(self):
+        """Liger's kernel on unit rows against the chunked definition in float32."""
+        pytest.importorskip("liger_kernel")
+        from finetune.loss import UnitRows, liger_cross_entropy, summed_cross_entropy
+
+        hidden = torch.randn(500, 256, device="cuda").bfloat16()
+        weight = torch.randn(3000, 256, device="cuda").bfloat16()
+        targets = torch.randint(0, 3000, (500,), device="cuda")
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        exact = [hidden.float().requires_grad_(), weight.float().requires_grad_()]
+        loss = liger_cross_entropy(leaves[0], UnitRows.apply(leaves[1]), targets, 128)
+        expected = summed_cross_entropy(*exact, targets, 128, normalize=True)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+        wanted = torch.autograd.grad(expected, exact)
+        for found, want in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
+            assert (found - want).norm() < 0.02 * want.norm()

@@ -335,18 +335,3 @@ def test_the_models_path_defaults_to_final(monkeypatch: pytest.MonkeyPatch) -> N
     assert model_path() == "/o/final"
     monkeypatch.setenv("LLM_MODULE_MODEL_PATH", "/m")
     assert model_path() == "/m"
-
-
-def test_the_benchmark_runs_small(tmp_path: Path) -> None:
-    flags = "--shape tiny --updates 6 --per_device_train_batch_size 1 --gradient_accumulation_steps 2 --bf16 true"
-    command = [sys.executable, "-m", "benchmarks.bench_full", str(tmp_path), *flags.split()]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "bench.json").read_text())
-    rate, speed = result["product_rate_tflops"], result["tokens_per_second"]
-    assert result["share_of_product_rate"] == pytest.approx(6 * 213_312 * speed / 1e12 / rate, rel=0.05)
-    assert result["parameters"] == 213_312 and abs(result["last_loss"] - math.log(1024)) < 1
-    from benchmarks.bench_full import draw_lengths
-
-    lengths = draw_lengths(5000)
-    assert sum(lengths) / 5000 == pytest.approx(330, rel=0.03) and (min(lengths), max(lengths)) == (64, 1024)

@@ -183,8 +183,9 @@ def test_the_kernel_does_what_the_definition_says() -> None:
             *((mine[name], its[name]) for name in ("exp_avg", "exp_avg_sq")),
         ]:
             difference = (ours.double() - theirs.double()).abs()
-            # Neighbours in bfloat16 are at most 2^-7 of the larger one apart.
-            assert (difference <= 1.01 * 2**-7 * theirs.double().abs().maximum(ours.double().abs()) + 1e-12).all()
+            # Neighbours in bfloat16 are at most 2^-7 of the larger one apart; where terms cancel, fp32 rounds too.
+            size = theirs.double().abs().maximum(ours.double().abs())
+            assert (difference <= 1.01 * 2**-7 * size + 1e-6 * size.max()).all()
             mean = theirs.double().abs().mean().item()
             assert ours.double().abs().mean().item() == pytest.approx(mean, rel=1e-4)
             if ours is weight.data:
