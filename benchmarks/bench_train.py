@@ -25,26 +25,32 @@ from benchmarks.train_runs import command_of, measure
 from benchmarks.train_table import draw, table
 from finetune.errors import UserError, run_main
 
-SWEEPS = ("length", "rank", "size")
+DEFAULT_FOLDER = Path("outputs/bench_train")
+SWEEPS = ("rows", "length", "rank", "size")
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """(flags, flags for training)."""
+    """(flags, flags for training). FOLDER comes first: anywhere else it could be the value of an unknown flag."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    folder = Path(words.pop(0)) if words and not words[0].startswith("-") else DEFAULT_FOLDER
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage=f"python -m benchmarks.bench_train [FOLDER, else {DEFAULT_FOLDER}] [flags] [flags of training]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("outputs/bench_train"))
+    parser.set_defaults(folder=folder)
     parser.add_argument("--size", choices=["real", "tiny"], help="of the models [real where there is a card]")
     parser.add_argument("--list", action="store_true", help="print the runs and end")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="these runs")
-    parser.add_argument("--sweep", action="append", choices=[*SWEEPS, "rows"], default=[], help="may be repeated")
+    parser.add_argument("--sweep", action="append", choices=SWEEPS, default=[], help="may be repeated")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--updates", type=int, help="of every run")
     parser.add_argument("--label", default="", help="stands behind the names of the results, where flags differ")
     parser.add_argument("--resume", action="store_true", help="skip runs that are done in results.jsonl")
     parser.add_argument("--results", type=Path, help="where results, table and picture go [FOLDER]")
     parser.add_argument("--limit_s", type=float, default=900, help="seconds after which a run is killed")
-    return parser.parse_known_args(arguments)
+    return parser.parse_known_args(words)
 
 
 def runs_of(flags: argparse.Namespace) -> list[Run]:

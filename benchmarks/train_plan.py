@@ -42,7 +42,8 @@ def main_runs() -> list[Run]:
     peers = replace(qlora, updates=8)
     return [
         qlora,
-        replace(qlora, name="qlora-46gib", flags=("--memory_limit_gib", "46")),
+        replace(qlora, name="qlora-46gib", flags=("--memory_limit_gib", "46")),  # a card of 48 GB
+        replace(qlora, name="qlora-fp8", flags=("--fp8_base", "true")),
         *(
             replace(peers, name=f"padded-{rows}", peer="padded", peer_options=("--rows_at_once", str(rows)))
             for rows in (4, 16)
@@ -86,6 +87,8 @@ def tiny(run: Run) -> Run:
         rows = Workload(length, length, length, 4)
     model = "tiny-baichuan2" if run.method == "full" else "tiny-qwen"
     flags = (*run.flags, "--learning_rate", "4e-3", "--lora_dropout", "0")
+    if run.method == "full":
+        flags += ("--bf16", "true")  # as on a card: 16-bit weights, stochastic rounding
     return replace(run, model=model, rows=rows, updates=5, flags=flags)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ NEEDED = {"padded": ("peft", "bitsandbytes"), "unsloth": ("unsloth",), None: ()}
 UPDATES_AN_EPOCH = 32
 LOSSES_KEPT = 5  # of the first updates: later ones drift apart by rounding
 LINES_SHOWN = 12
+SAME_FOR_ALL = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # our training sets it, so peers have it too
 LOADING = ("loading ", "plan: ")  # how the lines before and after the loading of a model begin
 
 
@@ -76,7 +78,8 @@ def _model_dir(folder: Path, model: str) -> Path:
     target = folder / "models" / model
     if not (target / "conversion.json").exists():
         command = [sys.executable, "-m", "benchmarks.random_model", str(target), model]
-        subprocess.run(command, cwd=REPOSITORY, check=True, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=REPOSITORY, check=True, stderr=subprocess.PIPE, text=True)
+        print(done.stderr, end="", file=sys.stderr)
     return target
 
 
@@ -93,7 +96,13 @@ def execute(command: Sequence[str], log: Path, limit_s: float) -> Ended:
     log.parent.mkdir(parents=True, exist_ok=True)
     lines, seconds, started = [], {}, time.monotonic()
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        cwd=REPOSITORY,
+        env={**SAME_FOR_ALL, **os.environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
     timer = Timer(limit_s, process.kill)
     timer.start()

@@ -1,6 +1,7 @@
 """The training benchmark, run for real with tiny models: equal losses, missing peers named, finished runs skipped."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_a_result_says_where_how_and_how_fast(results):
         assert result["updates"] == 5 and len(result["speeds"]) == 2
     full, shape = results["full"], SHAPES["tiny-baichuan2"]
     assert full["tflops"] == pytest.approx(6 * shape.parameters * full["tokens_per_second"] / 1e12, abs=1e-4)
+    assert full["losses"][0] == pytest.approx(math.log(shape.vocabulary), rel=0.1)
     assert full["token_budget"] and full["layers_kept"] == 2 and full["predicted"]["peak_memory_gib"] > 0
     assert "llm_code/training_config/baichuan2_config.json" in full["command"]
 
@@ -89,6 +91,13 @@ def test_the_table_compares_medians_with_ours():
     text = table([*ours, common | {"name": "padded-4", "round": 1, "tokens_per_second": 250, "losses": [2.001]}])
     assert "| padded-4 | 250 | - | 4.00 | 50.0 % | 9.5 | - | - | - | 1.0e-03 | 3 |" in text
     assert "| qlora | 1,000 | 900 to 5,000 | - |" in text
+
+
+def test_unknown_flags_go_to_training():
+    flags, more = bench_train.parse(["--only", "full", "--tokens_per_micro_batch", "4096", "--rounds", "2"])
+    assert (flags.folder, flags.only, flags.rounds) == (bench_train.DEFAULT_FOLDER, "full", 2)
+    assert more == ["--tokens_per_micro_batch", "4096"]
+    assert bench_train.parse(["here", "--list"])[0].folder == Path("here")
 
 
 def test_unknown_names_are_refused():
