@@ -29,13 +29,14 @@ class Unsloth:
     def __init__(
         self, arguments: Arguments, dtype: torch.dtype, device: torch.device, tokens_at_once: int, recompute: bool
     ) -> None:
+        checkpointing = "unsloth" if recompute else False
         model, _ = FastLanguageModel.from_pretrained(
             model_name=arguments.model.model_name_or_path,
             max_seq_length=max(tokens_at_once, arguments.data.max_seq_length),
             dtype=dtype,
             load_in_4bit=True,
+            use_gradient_checkpointing=checkpointing,
         )
-        checkpointing = "unsloth" if recompute else False
         model = FastLanguageModel.get_peft_model(
             model,
             r=arguments.lora.lora_rank,

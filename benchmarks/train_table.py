@@ -31,7 +31,7 @@ ROWS_HEADER = (
     "collate s",
     "rows/s",
     "tokens/s",
-    "faster than ours by",
+    "faster than training by",
 )
 Result = dict[str, Any]
 
@@ -137,17 +137,21 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def _bars(axes: Any, group: str, runs: dict[str, list[Result]]) -> None:
-    names, speeds = list(runs), [speed_of(lines) for lines in runs.values()]
-    spread = [[abs(line["tokens_per_second"] - speed_of(lines)) for line in lines] for lines in runs.values()]
-    axes.barh(names, speeds, xerr=[max(one) for one in spread], color="tab:blue")
+    speeds = [speed_of(lines) for lines in runs.values()]
+    spread = [max(abs(line["tokens_per_second"] - speed_of(lines)) for line in lines) for lines in runs.values()]
+    peaks = [lines[0]["peak_memory_gib"] for lines in runs.values()]
+    bars = axes.barh(list(runs), speeds, height=0.6, xerr=spread)
+    texts = [f"{speed:,.0f}{f', {peak:.1f} GiB' if peak else ''}" for speed, peak in zip(speeds, peaks, strict=True)]
+    axes.bar_label(bars, texts, padding=6)
     axes.invert_yaxis()
-    axes.set(title=f"{group}: trained tokens per second")
+    axes.margins(x=0.25)
+    axes.set(title=f"{group}: trained tokens per second, peak memory", ylim=(max(3, len(runs)) - 0.5, -0.5))
 
 
 def _line(axes: Any, group: str, runs: dict[str, list[Result]]) -> None:
     points = sorted((lines[0]["value"], speed_of(lines)) for lines in runs.values())
     axes.plot(*zip(*points, strict=True), "o-")
-    axes.set(title=f"tokens per second over {group}", xscale="log", ylim=(0, None))
-    axes.set_xticks([value for value, _ in points], [f"{value:g}" for value, _ in points])
+    axes.set(title=f"tokens per second over {group}", xscale="log", ylim=(0, 1.1 * max(speed for _, speed in points)))
+    axes.set_xticks([value for value, _ in points], [f"{value:,g}" for value, _ in points])
     axes.minorticks_off()
     axes.grid(alpha=0.3)

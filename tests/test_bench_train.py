@@ -1,12 +1,12 @@
 """The training benchmark, run for real with tiny models: equal losses, missing peers named, finished runs skipped."""
 
-import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_train, train_runs
+from benchmarks import bench_train, random_model, train_runs
 from benchmarks.random_model import SHAPES, build
 from benchmarks.train_rows import Workload, draw_lengths, write_rows
 from benchmarks.train_table import table
@@ -137,22 +137,27 @@ def test_a_rows_tokens_are_counted_with_the_template(bench, model, tmp_path):
     assert len({token for sample in samples for token in sample.input_ids}) > 300
 
 
-def test_a_random_model_is_complete_and_left_alone(bench):
-    from safetensors import safe_open
+def test_a_random_model_is_complete_and_left_alone(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
 
-    folder = bench / "models" / "tiny-qwen"
-    files = sorted(folder.glob("*.safetensors"))
-    sizes = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            sizes |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    assert sum(tensor.numel() for tensor in sizes.values()) == SHAPES["tiny-qwen"].parameters
-    drawn = sizes["model.layers.1.mlp.up_proj.weight"].float()
-    assert drawn.std() == pytest.approx(0.02, rel=0.1) and abs(drawn.mean()) < 0.002
-    before = files[0].stat().st_mtime_ns
-    assert build(folder, "tiny-qwen") == folder and files[0].stat().st_mtime_ns == before
+    monkeypatch.setattr(random_model, "SHARD_BYTES", 100_000)
+    for name in ("tiny-qwen", "tiny-baichuan2"):
+        folder = build(tmp_path / name, name)
+        model, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(loaded.values()) and model.num_parameters() == SHAPES[name].parameters
+        drawn = model.model.layers[1].mlp.up_proj.weight.float()
+        assert drawn.std().item() == pytest.approx(0.02, rel=0.1) and abs(drawn.mean()) < 0.002
+        files = sorted(folder.glob("*.safetensors"))
+        before = files[0].stat().st_mtime_ns
+        assert len(files) > 2 and build(folder, name) == folder and files[0].stat().st_mtime_ns == before
     assert set(KNOWN_SHAPES) <= set(SHAPES)
-    assert json.loads((folder / "config.json").read_text())["num_key_value_heads"] == 4
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path):
+    shape = replace(SHAPES["qwen-14b"], layers=10**7)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="qwen-14b needs .* GB are free"):
+        patch.setitem(SHAPES, "qwen-14b", shape)
+        build(tmp_path / "model", "qwen-14b")
 
 
 def test_a_run_past_its_limit_is_killed(tmp_path):
