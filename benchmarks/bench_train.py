@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if flags.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {flags.rounds}.")
+    flags.folder = flags.folder.absolute()  # the runs are started in the repository
     flags.folder.mkdir(parents=True, exist_ok=True)
     results = flags.results or flags.folder
     results.mkdir(parents=True, exist_ok=True)

@@ -191,7 +191,8 @@ def build(folder: Path, name: str) -> Path:
     folder.mkdir(parents=True)
     needed, free = HALF_BYTES * shape.parameters, shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder}: {name} needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free.")
+        need = f"{folder}: {name} needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free."
+        raise UserError(f"{need} Name a folder on a larger disk, or one in memory (/dev/shm).")
     started = time.monotonic()
     (folder / "config.json").write_text(json.dumps(config_of(name), indent=2))
     write_tokenizer(folder, name)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from threading import Timer
 from typing import Any
 
@@ -126,8 +127,8 @@ def numbers_of(run: Run, report: dict[str, Any], flags: Sequence[str]) -> dict[s
     """What the report says about speed, memory and losses."""
     history = [entry for entry in report["history"] if "loss" in entry]
     speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry][WARM_UP:]
-    # Updates are of about equal size, so the mean of their times is the mean of 1/speed.
-    speed = len(speeds) / sum(1 / value for value in speeds) if speeds else None
+    # The median, so that a kernel compiled late counts against nobody.
+    speed = median(speeds) if speeds else None
     losses = [entry["loss"] for entry in history]
     return {
         "tokens_per_second": speed and round(speed, 1),
