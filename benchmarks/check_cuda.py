@@ -21,7 +21,7 @@ from torch.nn import functional
 from finetune.attention import attend_rows, enable_padding_free_attention, padding_free_attention
 from finetune.batching import collate
 from finetune.dropout import draw_seed, dropout
-from finetune.loss import enable_chunked_loss, liger_cross_entropy, liger_loss, summed_cross_entropy
+from finetune.loss import UnitRows, enable_chunked_loss, summed_cross_entropy
 from finetune.nf4 import dense_weight
 from finetune.projection import fuse_projections
 from finetune.qlora import apply_liger
@@ -184,7 +184,7 @@ def lora_layer(device: torch.device, sizes: Sizes, rate: float, fused: bool) -> 
 
 
 def loss_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
-    """The chunked loss with and without NormHead, and Liger's kernel where it is installed, against full logits."""
+    """The chunked loss with a trained, a frozen and a normalised head, against full logits."""
     hidden = torch.randn(sizes.supervised, sizes.hidden, device=device, dtype=torch.bfloat16)
     weight = torch.randn(sizes.vocabulary, sizes.hidden, device=device, dtype=torch.bfloat16) / sizes.hidden**0.5
     targets = torch.randint(0, sizes.vocabulary, (sizes.supervised,), device=device)
@@ -202,19 +202,14 @@ def loss_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     yield "chunked loss, frozen head", frozen(chunked), frozen(plain), [hidden]
 
     def normalized(hidden: Tensor, weight: Tensor) -> Tensor:
+        if device.type == "cuda" and hidden.dtype == torch.bfloat16:
+            return chunked(hidden, UnitRows.apply(weight))
         return summed_cross_entropy(hidden, weight, targets, sizes.supervised // 3, normalize=True)
 
     def plain_normalized(hidden: Tensor, weight: Tensor) -> Tensor:
         return plain(hidden, functional.normalize(weight))
 
     yield "chunked loss, normalised head", normalized, plain_normalized, [hidden, weight]
-    if device.type == "cuda" and liger_loss() is not None:
-
-        def with_liger(hidden: Tensor, weight: Tensor) -> Tensor:
-            return liger_cross_entropy(hidden, weight, targets, sizes.supervised // 3)
-
-        yield "Liger's loss", with_liger, plain, [hidden, weight]
-        yield "Liger's loss, frozen head", frozen(with_liger), frozen(plain), [hidden]
 
 
 def model_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:

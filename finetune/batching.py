@@ -94,8 +94,9 @@ def collate(samples: "Sequence[Sample]") -> dict[str, Any]:
 
     `input_ids`, `labels` and `position_ids` are (1, T) int64; positions restart with every row. `labels` are aligned
     with `input_ids` (the model shifts them); each row's first label is -100, so no row predicts the next one's
-    beginning. `cu_seq_lens_q`/`_k` are int32 (rows + 1) and `max_length_q`/`_k` ints, the names that transformers hands
-    on to attention. No samples give one token without a label.
+    beginning. `target_positions` and `targets` (N,) say for each of the N supervised tokens which position predicts it,
+    so that the loss need not ask the device. `cu_seq_lens_q`/`_k` are int32 (rows + 1) and `max_length_q`/`_k` ints,
+    the names that transformers hands on to attention. No samples give one token without a label.
     """
     import torch
 
@@ -104,11 +105,15 @@ def collate(samples: "Sequence[Sample]") -> dict[str, Any]:
     borders = [0]
     for row in ids:
         borders.append(borders[-1] + len(row))
+    flat = list(chain.from_iterable(labels))
+    positions = [index for index, label in enumerate(flat[1:]) if label != IGNORE_INDEX]
     cu_seq_lens = torch.tensor(borders, dtype=torch.int32)
     max_length = max(map(len, ids))
     return {
         "input_ids": torch.tensor([list(chain.from_iterable(ids))]),
-        "labels": torch.tensor([list(chain.from_iterable(labels))]),
+        "labels": torch.tensor([flat]),
+        "target_positions": torch.tensor(positions, dtype=torch.int64),
+        "targets": torch.tensor([flat[index + 1] for index in positions], dtype=torch.int64),
         "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
         "cu_seq_lens_q": cu_seq_lens,
         "cu_seq_lens_k": cu_seq_lens,

@@ -5,6 +5,8 @@ the other factor (tokens) have a scale each. On an H100 such a product runs at 1
 745 (T = 8,192); its result is off by 3.7 % in norm, 2.6 % of it from rounding the weight, unbiased over elements.
 """
 
+import importlib.util
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,16 +26,18 @@ def check_fp8(device: torch.device) -> None:
 
 
 class Frozen:
-    """A frozen linear layer's products. `fp8` is obeyed for double-quantised NF4 with sizes divisible by 64."""
+    """A frozen linear layer's products. `fp8` is obeyed on CUDA for double-quantised NF4 of sizes divisible by 64."""
 
     def __init__(self, base: nn.Module, fp8: bool = False) -> None:
         self.base = base
-        self.scale = self._fp8_scale() if fp8 and self._has_fp8_form() else None
+        self.has_kernel = self._has_kernels_form()
+        self.scale = self._fp8_scale() if fp8 and self.has_kernel else None
 
-    def _has_fp8_form(self) -> bool:
-        state = self.base.weight.quant_state if is_4bit(self.base) else None
+    def _has_kernels_form(self) -> bool:
+        """Whether finetune.kernels can read the weight: one pass instead of bitsandbytes' two and their Python."""
+        state = self.base.weight.quant_state if is_4bit(self.base) and self.base.weight.is_cuda else None
         is_nf4 = state is not None and state.quant_type == "nf4" and state.nested and state.blocksize == 64
-        return is_nf4 and state.state2.blocksize == 256 and all(size % 64 == 0 for size in state.shape)
+        return is_nf4 and state.state2.blocksize == 256 and not any(n % 64 for n in state.shape) and _has_triton()
 
     def _fp8_scale(self) -> float:
         """What the largest weight is divided by to become FP8_LARGEST."""
@@ -52,24 +56,37 @@ class Frozen:
             return self._fp8_product(*shared["x"], transposed=False).addmm_(low_TR, b_OR.T)
         # The small product first: the large one then adds to it in 32 bits.
         output_TO = low_TR @ b_OR.T if bias is None else torch.addmm(bias, low_TR, b_OR.T)
-        return output_TO.addmm_(x_TI, dense_weight(self.base, x_TI.dtype).T)
+        return output_TO.addmm_(x_TI, self._dense(x_TI.dtype).T)
 
     def add_input_gradient(self, total_TI: Tensor, grad_TO: Tensor) -> Tensor:
         """total + grad W, in place."""
         if self.scale is not None:
             return total_TI.add_(self._fp8_product(*quantize_rows(grad_TO), transposed=True))
-        return total_TI.addmm_(grad_TO, dense_weight(self.base, grad_TO.dtype))
+        return total_TI.addmm_(grad_TO, self._dense(grad_TO.dtype))
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        """(O, I) in 16 or 32 bits."""
+        if not self.has_kernel:
+            return dense_weight(self.base, dtype)
+        from finetune.kernels import nf4_to_dense
+
+        return nf4_to_dense(self.base.weight, dtype)
 
     def _fp8_product(self, left: Tensor, scales_T1: Tensor, transposed: bool) -> Tensor:
         """left W^T + bias, or for `transposed` left W, in bfloat16."""
-        from finetune.kernels import nf4_to_fp8
+        from finetune.kernels import nf4_to_dense
 
-        weight = nf4_to_fp8(self.base.weight, self.scale, transposed)
+        weight = nf4_to_dense(self.base.weight, torch.float8_e4m3fn, self.scale, transposed)
         scales_1N = scales_T1.new_full((1, len(weight)), self.scale)
         bias = None if transposed or self.base.bias is None else self.base.bias.to(torch.bfloat16)
         return torch._scaled_mm(
             left, weight.T, scales_T1, scales_1N, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def quantize_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.adamw import ADAM_NUMBERS, ADAMW, fused_adamw
 from finetune.arguments import Arguments
 from finetune.errors import UserError
 from finetune.final_model import complete
@@ -18,9 +19,6 @@ from finetune.zero import join_group, stage_of
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-ADAMW = ("adamw_torch", "adamw_torch_fused")
-ADAM_NUMBERS = {"betas": (0.9, 0.999), "eps": 1e-8}  # transformers' own
 
 
 def full_method(arguments: Arguments) -> Method:
@@ -107,7 +105,6 @@ def _optimizer(arguments: Arguments, dtype: "torch.dtype", stage: str) -> tuple[
     import torch
 
     train = arguments.train
-    numbers = {"lr": train.learning_rate, **ADAM_NUMBERS}
     if stage == "none" and dtype.itemsize == 2:
         if train.optim not in ADAMW:
             say(
@@ -117,8 +114,8 @@ def _optimizer(arguments: Arguments, dtype: "torch.dtype", stage: str) -> tuple[
         from finetune.optimizers import StochasticAdamW
 
         say(f"note: weights and moments are 16-bit: {train.optim} rounds stochastically, so small updates count")
-        return StochasticAdamW, {**numbers, "seed": train.seed}
+        return StochasticAdamW, {"lr": train.learning_rate, **ADAM_NUMBERS, "seed": train.seed}
     if train.optim in ADAMW and torch.cuda.is_available() and not stage.endswith("offload"):
         # The unfused form holds another copy of the second moments while it steps.
-        return torch.optim.AdamW, {**numbers, "fused": True}
+        return fused_adamw(arguments)
     return None

@@ -1,4 +1,5 @@
-"""Triton kernels of training: seeded dropout, weights and activations to 8-bit floating point, rows to unit length.
+"""Triton kernels of training: seeded dropout, weights and activations to 8-bit floating point, rows to unit length,
+cross-entropy.
 
 Each reads and writes every number once. Needs triton; tests/test_kernels.py compares them with plain PyTorch.
 """
@@ -73,7 +74,7 @@ def rows_to_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _nf4_to_fp8(
+def _nf4_to_dense(
     packed_ptr,
     absmax_ptr,
     code2_ptr,
@@ -88,7 +89,7 @@ def _nf4_to_fp8(
     BLOCK_ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """A tile of BLOCK_ROWS x (64 * GROUPS) weights. The first of two weights in a byte is its upper half."""
+    """A tile of BLOCK_ROWS x (64 * GROUPS) weights times `inverse`. A byte's upper half is the first of two weights."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     block = row[:, None] * (columns // 64) + group[None, :]
@@ -103,7 +104,7 @@ def _nf4_to_fp8(
     packed = packed.to(tl.int32)
     pairs = tl.join(tl.load(code_ptr + (packed >> 4)), tl.load(code_ptr + (packed & 15)))
     weights = tl.reshape(pairs, (BLOCK_ROWS, GROUPS, 64)) * absmax[:, :, None]
-    weights = tl.reshape(weights, (BLOCK_ROWS, 64 * GROUPS)).to(tl.float8e4nv)
+    weights = tl.reshape(weights, (BLOCK_ROWS, 64 * GROUPS)).to(out_ptr.dtype.element_ty)
 
     column = tl.program_id(1) * (64 * GROUPS) + tl.arange(0, 64 * GROUPS)
     if TRANSPOSED:
@@ -114,19 +115,19 @@ def _nf4_to_fp8(
         tl.store(out_ptr + row[:, None].to(tl.int64) * columns + column[None, :], weights, mask=mask)
 
 
-def nf4_to_fp8(weight: Any, scale: float, transposed: bool) -> Tensor:
-    """float8_e4m3 (O, I), or (I, O) when `transposed`, of a double-quantised NF4 weight divided by `scale`.
+def nf4_to_dense(weight: Any, dtype: torch.dtype, scale: float = 1.0, transposed: bool = False) -> Tensor:
+    """(O, I), or (I, O) when `transposed`, in `dtype`, of a double-quantised NF4 weight divided by `scale`.
 
     `weight` is a bitsandbytes parameter of sizes divisible by 64, in blocks of 64 weights and of 256 scales.
     """
     state = weight.quant_state
     rows, columns = state.shape
     shape = (columns, rows) if transposed else (rows, columns)
-    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    out = torch.empty(shape, dtype=dtype, device=weight.device)
     block_rows, groups = (128, 1) if transposed else (32, 4)
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, 64 * groups))
     with torch.cuda.device(weight.device):
-        _nf4_to_fp8[grid](
+        _nf4_to_dense[grid](
             weight.data,
             state.absmax,
             state.state2.code,
@@ -186,3 +187,36 @@ def through_unit_rows_(grad_VH: Tensor, weight_VH: Tensor, scale_V: Tensor, larg
         block = triton.next_power_of_2(size)
         _through_unit_rows[(count,)](grad_VH, weight_VH, scale_V, largest, size, BLOCK=block, num_warps=8)
     return grad_VH
+
+
+@triton.jit
+def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, size: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    logits_ptr += row * size
+    chosen = tl.load(logits_ptr + target).to(tl.float32)
+    largest, total = float("-inf"), 0.0
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + column, mask=column < size, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(largest, tl.max(logits))
+        total = total * tl.exp(largest - new) + tl.sum(tl.exp(logits - new))
+        largest = new
+    log_total = largest + tl.log(total)
+    tl.store(losses_ptr + row, log_total - chosen)
+    tl.debug_barrier()  # the chosen logit is read by all before it is overwritten
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + column, mask=column < size, other=float("-inf")).to(tl.float32)
+        gradient = tl.exp(logits - log_total) - tl.where(column == target, 1.0, 0.0)
+        tl.store(logits_ptr + column, gradient, mask=column < size)
+
+
+def cross_entropy_(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """(float32 sum of losses, its gradient by the logits, which takes their place); logits contiguous."""
+    count, size = logits_CV.shape
+    losses = torch.empty(count, dtype=torch.float32, device=logits_CV.device)
+    if count:
+        with torch.cuda.device(logits_CV.device):
+            _cross_entropy[(count,)](logits_CV, targets_C, losses, size, BLOCK=8192, num_warps=16)
+    return losses.sum(), logits_CV

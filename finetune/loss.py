@@ -11,7 +11,6 @@ needs four, and no use of the head's weight outside its own forward.
 Dimensions: T = tokens, N = supervised tokens, C = rows of a chunk, V = vocabulary, H = hidden size.
 """
 
-import inspect
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,7 +33,7 @@ SMALLEST_NORM = 1e-12  # torch.nn.functional.normalize's default, which NormHead
 
 @dataclass
 class SummedLossOutput(CausalLMOutputWithPast):
-    """`loss` is the fp32 sum over the `num_tokens` supervised positions; `logits` stay None."""
+    """`loss` is the fp32 sum over the `num_tokens` (on the CPU) supervised positions; `logits` stay None."""
 
     num_tokens: Tensor | None = None
 
@@ -44,7 +43,8 @@ def enable_chunked_loss(
 ) -> "PreTrainedModel":
     """Make `model(input_ids=..., labels=...)` return a SummedLossOutput; without labels the model answers as before.
 
-    `labels` are aligned with `input_ids`, -100 where unsupervised. `normalize_head` divides each row of the head by its
+    `labels` are aligned with `input_ids`, -100 where unsupervised; `targets` and `target_positions` of
+    finetune.batching.collate spare the loss a wait for the device. `normalize_head` divides each row of the head by its
     L2 norm in every loss, with the exact gradient (Baichuan2's NormHead). `model` is the causal model itself: call this
     before peft or DeepSpeed wrap it. Raises UserError for a model without `model` and a bias-free `lm_head`.
     """
@@ -66,6 +66,8 @@ def _model_forward(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     labels: Tensor | None = None,
+    target_positions: Tensor | None = None,
+    targets: Tensor | None = None,
     **kwargs: Any,
 ) -> CausalLMOutputWithPast:
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -75,12 +77,19 @@ def _model_forward(
     for name in ("num_items_in_batch", "use_cache", "logits_to_keep", "return_dict"):
         kwargs.pop(name, None)
     hidden_BTH = self.model(**inputs, use_cache=False, **kwargs).last_hidden_state
-    targets_T = labels.new_full(labels.shape, IGNORE_INDEX)
-    targets_T[:, :-1] = labels[:, 1:]
-    targets_T = targets_T.flatten()
-    positions_N = torch.nonzero(targets_T != IGNORE_INDEX).flatten()
-    loss = self.lm_head(hidden_BTH.flatten(0, 1).index_select(0, positions_N), targets_T[positions_N])
-    return SummedLossOutput(loss=loss, num_tokens=torch.tensor(len(positions_N), device=loss.device))
+    if targets is None:
+        target_positions, targets = _targets_of(labels)
+    loss = self.lm_head(hidden_BTH.flatten(0, 1).index_select(0, target_positions), targets)
+    return SummedLossOutput(loss=loss, num_tokens=torch.tensor(len(targets)))
+
+
+def _targets_of(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions that predict a supervised token, those tokens), over all rows. Waits for the device."""
+    targets_BT = torch.full_like(labels_BT, IGNORE_INDEX)
+    targets_BT[:, :-1] = labels_BT[:, 1:]
+    flat = targets_BT.flatten()
+    positions = torch.nonzero(flat != IGNORE_INDEX).flatten()
+    return positions, flat[positions]
 
 
 def _head_forward(self: nn.Linear, hidden: Tensor, targets_N: Tensor | None = None) -> Tensor:
@@ -88,10 +97,9 @@ def _head_forward(self: nn.Linear, hidden: Tensor, targets_N: Tensor | None = No
     if targets_N is None:
         return self._forward_all(hidden)
     # ZeRO-3 takes the weight away between forward and backward pass: there all is computed in the forward pass.
-    is_partitioned = self._normalize and hasattr(self.weight, "ds_id")
-    if hidden.is_cuda and targets_N.numel() and not is_partitioned and liger_loss():
-        weight = UnitRows.apply(self.weight) if self._normalize else self.weight
-        return liger_cross_entropy(hidden, weight, targets_N, self._chunk_rows)
+    is_partitioned = hasattr(self.weight, "ds_id")
+    if self._normalize and hidden.is_cuda and not is_partitioned and _cross_entropy_kernel():
+        return summed_cross_entropy(hidden, UnitRows.apply(self.weight), targets_N, self._chunk_rows)
     return summed_cross_entropy(hidden, self.weight, targets_N, self._chunk_rows, self._normalize)
 
 
@@ -118,23 +126,13 @@ class UnitRows(torch.autograd.Function):
 
 
 @lru_cache(maxsize=1)
-def liger_loss() -> Any:
-    """Liger's fused head and cross-entropy, or None where liger_kernel is not installed."""
+def _cross_entropy_kernel() -> Any:
+    """The Triton kernel, or None where triton is not installed."""
     try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        from finetune.kernels import cross_entropy_
     except ImportError:
         return None
-    return liger_fused_linear_cross_entropy
-
-
-def liger_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, chunk_rows: int = 1024) -> Tensor:
-    """The same sum as `summed_cross_entropy` by Liger's kernel; CUDA, N > 0."""
-    kernel, options = liger_loss(), {}
-    if "chunk_mem_const" in inspect.signature(kernel).parameters:
-        # By default Liger's chunks hold N * H / V rows: a few dozen here, each of which reads the whole head.
-        chunks = math.ceil(len(targets_N) / chunk_rows)
-        options["chunk_mem_const"] = math.ceil(weight_VH.shape[0] / (weight_VH.shape[1] * chunks))
-    return kernel(hidden_NH, weight_VH, targets_N, reduction="sum", **options).float()
+    return cross_entropy_
 
 
 def summed_cross_entropy(
@@ -178,10 +176,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         parts = (tensor.tensor_split(num_chunks) for tensor in (hidden_NH, targets_N, results))
         for hidden_CH, targets_C, result_CH in zip(*parts, strict=True):
             hidden_CH = hidden_CH.to(dtype)
-            logits_CV = (hidden_CH @ weight.T).float()
-            if scale_V1 is not None:
-                logits_CV *= scale_V1.T
-            chunk_loss, grad_CV = _cross_entropy_(logits_CV, targets_C)
+            logits_CV = hidden_CH @ weight.T
+            if scale_V1 is None and logits_CV.is_cuda and (kernel := _cross_entropy_kernel()):
+                chunk_loss, grad_CV = kernel(logits_CV, targets_C)
+            else:
+                logits_CV = logits_CV.float() if scale_V1 is None else logits_CV.float().mul_(scale_V1.T)
+                chunk_loss, grad_CV = _cross_entropy_(logits_CV, targets_C)
             loss += chunk_loss
             if grad_weight is not None:
                 _add_product_(grad_weight, grad_CV.to(dtype).T, hidden_CH)

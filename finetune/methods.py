@@ -1,12 +1,19 @@
 """Ways of training a model, as finetune.training runs them: what is loaded, what it costs. QLoRA is here."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from finetune.adamw import ADAMW, PAGED_ADAMW, fused_adamw
 from finetune.arguments import Arguments
 from finetune.memory import qlora_memory
 from finetune.room import Method, Room, layers_allowed
 from finetune.saving import checkpoint_bytes
-from finetune.speed import Budget, choose_qlora_budget, qlora_flops_per_token, qlora_tokens_per_second
+from finetune.speed import (
+    Budget,
+    choose_qlora_budget,
+    filled,
+    qlora_flops_per_token,
+    qlora_tokens_per_second,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -62,12 +69,18 @@ def _flops_per_token(room: Room) -> float:
 
 
 def _tokens_per_second(room: Room, budget: Budget) -> float:
+    budget = filled(budget, room.tokens_per_update / room.world_size)
     return qlora_tokens_per_second(room.shape, room.arguments.lora.lora_rank, room.gpu, budget)
 
 
 def _saved_bytes(room: Room) -> tuple[int, int, int]:
     one = checkpoint_bytes(room.trainable, room.trained_bytes, room.state_bytes)
     return one, checkpoint_bytes(room.trainable, room.trained_bytes, 0), one
+
+
+def _optimizer(arguments: Arguments, dtype: "torch.dtype") -> tuple[type, dict[str, Any]] | None:
+    """AdamW with 32-bit state in its fused form; any other `optim` is transformers' business."""
+    return fused_adamw(arguments) if arguments.train.optim in (*ADAMW, PAGED_ADAMW) else None
 
 
 QLORA = Method(
@@ -78,4 +91,5 @@ QLORA = Method(
     flops_per_token=_flops_per_token,
     tokens_per_second=_tokens_per_second,
     saved_bytes=_saved_bytes,
+    optimizer=_optimizer,
 )

@@ -10,6 +10,7 @@ from finetune.speed import (
     Budget,
     choose_full_budget,
     choose_qlora_budget,
+    filled,
     full_update_seconds,
     qlora_tokens_per_second,
 )
@@ -59,7 +60,7 @@ def qlora_option(shape: Shape, gpu: Gpu, gpus: int, rank: int, work: Workload) -
     """QLoRA on so many cards, data parallel."""
     budget = choose_qlora_budget(shape, rank, gpu, usable_bytes(gpu), work.longest_row, work.tokens_per_update, gpus)
     shown = budget or Budget(work.longest_row, 0)
-    speed = qlora_tokens_per_second(shape, rank, gpu, shown) * gpus
+    speed = qlora_tokens_per_second(shape, rank, gpu, filled(shown, work.tokens_per_update / gpus)) * gpus
     parts = qlora_memory(shape, rank, shown.tokens, shown.layers_kept, gpus=gpus)
     return Option("qlora", gpus, parts, budget, work.updates * work.tokens_per_update / speed)
 

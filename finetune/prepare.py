@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.adamw import PAGED_ADAMW
 from finetune.arguments import Arguments
 from finetune.errors import UserError
 from finetune.rows import read_rows
@@ -81,7 +82,9 @@ def explain_choices(arguments: Arguments, dtype: str) -> None:
     import torch
 
     optimizer, is_cpu = arguments.train.optim, not torch.cuda.is_available()
-    if optimizer.startswith("paged_") and is_cpu:
+    if optimizer == PAGED_ADAMW:
+        say(f"note: {optimizer} is not paged: its state is in the plan below. One fused kernel, the same update")
+    elif optimizer.startswith("paged_") and is_cpu:
         say(f"note: {optimizer} pages nothing on a CPU: its state is in main memory, the update is the same")
     if arguments.train.fp16 and dtype != "float16":
         say(f"note: fp16 is true, {dtype} is used: {'this is a CPU' if is_cpu else 'the card has it'}")

@@ -117,13 +117,14 @@ class SharedInput:
         names = [_active_adapter(member) for member in members]
         pairs = list(zip(members, names, strict=True))
         drop = members[0].lora_dropout[names[0]]
+        matrices = [member.lora_A[name].weight for member, name in pairs]
         group = Group(
             frozen,
+            [len(matrix) for matrix in matrices],
             [member.scaling[name] for member, name in pairs],
             drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0,
         )
         dtype = _compute_dtype(frozen[0].base, x)
-        matrices = [member.lora_A[name].weight for member, name in pairs]
         matrices += [member.lora_B[name].weight for member, name in pairs]
         return [output.to(x.dtype) for output in Projections.apply(x.to(dtype), group, *matrices)]
 
@@ -145,6 +146,7 @@ class Group:
     """What the projections of one input are multiplied with, besides their LoRA matrices."""
 
     frozen: Sequence[Frozen]
+    ranks: Sequence[int]
     scalings: Sequence[float]
     dropout: float
 
@@ -156,14 +158,14 @@ class Projections(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Group, *matrices: Tensor) -> tuple[Tensor, ...]:
         """x (..., I), A (R, I), B (O, R) -> n outputs (..., O)."""
         x_TI = x.reshape(-1, x.shape[-1])
-        ranks = [len(a_RI) for a_RI in matrices[: len(group.frozen)]]
-        scaled_b = _scaled(matrices[len(ranks) :], group.scalings, x.dtype)
-        ctx.group, ctx.shape, ctx.ranks = group, x.shape, ranks
+        count = len(group.frozen)
+        ctx.group, ctx.shape = group, x.shape
         ctx.seed = draw_seed() if group.dropout else 0
-        low_TS = dropout(x_TI, group.dropout, ctx.seed) @ _stacked(matrices[: len(ranks)], x.dtype).T
+        a_SI = _stacked(matrices[:count], group, x.dtype)
+        low_TS = dropout(x_TI, group.dropout, ctx.seed) @ a_SI.T
         shared, outputs = {}, []
-        for frozen, low_TR, b_OR in zip(group.frozen, low_TS.split(ranks, 1), scaled_b, strict=True):
-            output_TO = frozen.forward(x_TI, low_TR, b_OR, shared)
+        for frozen, low_TR, b_OR in zip(group.frozen, _parts(low_TS, group), matrices[count:], strict=True):
+            output_TO = frozen.forward(x_TI, low_TR, b_OR.to(x.dtype), shared)
             outputs.append(output_TO.view(*x.shape[:-1], -1))
         ctx.save_for_backward(x_TI, low_TS, *matrices)
         return tuple(outputs)
@@ -173,32 +175,31 @@ class Projections(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, of every A and of every B."""
         x_TI, low_TS, *matrices = ctx.saved_tensors
-        group, count = ctx.group, len(ctx.ranks)
-        a_list, b_list, dtype = matrices[:count], matrices[count:], x_TI.dtype
+        group, dtype, count = ctx.group, x_TI.dtype, len(ctx.group.frozen)
+        b_list = matrices[count:]
         grads_TO = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
-        scaled_b = _scaled(b_list, group.scalings, dtype)
-        grad_low_TS = torch.cat([grad @ b_OR for grad, b_OR in zip(grads_TO, scaled_b, strict=True)], 1)
-        lows = low_TS.split(ctx.ranks, 1)
-        grads_b = [
-            (grad.T @ low).mul_(s).to(b_OR.dtype)
-            for grad, low, s, b_OR in zip(grads_TO, lows, group.scalings, b_list, strict=True)
-        ]
-        grad_a_SI = grad_low_TS.T @ dropout(x_TI, group.dropout, ctx.seed)
-        grads_a = [part.to(a_RI.dtype) for part, a_RI in zip(grad_a_SI.split(ctx.ranks), a_list, strict=True)]
+        grad_low_TS = torch.cat([grad @ b_OR.to(dtype) for grad, b_OR in zip(grads_TO, b_list, strict=True)], 1)
+        lows = _parts(low_TS, group)
+        grads_b = [(grad.T @ low).to(b.dtype) for grad, low, b in zip(grads_TO, lows, b_list, strict=True)]
+        grad_a_SI = (grad_low_TS.T @ dropout(x_TI, group.dropout, ctx.seed)).to(matrices[0].dtype)
+        grads_a = [part * s for part, s in zip(grad_a_SI.split(group.ranks), group.scalings, strict=True)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_TI = dropout(grad_low_TS @ _stacked(a_list, dtype), group.dropout, ctx.seed)
+            grad_TI = grad_low_TS @ _stacked(matrices[:count], group, dtype)
+            grad_TI = dropout(grad_TI, group.dropout, ctx.seed)
             for frozen, grad_TO in zip(group.frozen, grads_TO, strict=True):
                 grad_TI = frozen.add_input_gradient(grad_TI, grad_TO)
             grad_x = grad_TI.view(ctx.shape)
         return grad_x, None, *grads_a, *grads_b
 
 
-def _scaled(matrices: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
-    """Every B times its scaling."""
-    return [(matrix * scaling).to(dtype) for matrix, scaling in zip(matrices, scalings, strict=True)]
+def _parts(low_TS: Tensor, group: Group) -> tuple[Tensor, ...]:
+    """(T, R) of every projection."""
+    return low_TS.split(group.ranks, 1) if len(group.ranks) > 1 else (low_TS,)
 
 
-def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """(S, I): the A of a group, one below the other."""
-    return torch.cat([matrix.to(dtype) for matrix in matrices])
+def _stacked(matrices: Sequence[Tensor], group: Group, dtype: torch.dtype) -> Tensor:
+    """(S, I): every A times its scaling, one below the other."""
+    if len(set(group.scalings)) > 1:
+        matrices = [matrix * (s / group.scalings[0]) for matrix, s in zip(matrices, group.scalings, strict=True)]
+    return (torch.cat(list(matrices)) * group.scalings[0]).to(dtype)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import saving
+from finetune.adamw import PAGED_ADAMW
 from finetune.arguments import Arguments
 from finetune.errors import UserError
 from finetune.gpus import GIB, USED_SHARE, Gpu, found_gpu
@@ -157,7 +158,7 @@ def layers_allowed(room: Room) -> tuple[int, int] | None:
 def predicted_peak(method: Method, room: Room, budget: Budget) -> float:
     """Bytes that torch's allocator should report as its peak: a paged optimiser's state lies outside it."""
     parts = method.predict_memory(room, budget)
-    is_outside = room.arguments.train.optim.startswith("paged_")
+    is_outside = room.arguments.train.optim.startswith("paged_") and room.arguments.train.optim != PAGED_ADAMW
     return total({name: size for name, size in parts.items() if not (is_outside and name == "optimizer")})
 
 

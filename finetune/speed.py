@@ -6,8 +6,9 @@ What a micro-batch costs whatever its size (dequantising, launches) is counted a
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.gpus import Gpu
 from finetune.memory import (
@@ -26,6 +27,8 @@ FULL_SHARE, FULL_OVERHEAD_TOKENS = 0.887, 1130
 HOST_LINK_BYTES = 20e9  # bytes/s between a card and main memory, PCIe 4 x16
 # Parameters/s of the CPU's Adam. DeepSpeed's ZeRO-Offload tutorial: a step of 3 B takes 2.4 s on a host of 128 cores.
 HOST_ADAM_PARAMETERS = 2e9
+UPDATES_DIFFER = 1.12  # an update of 64 short rows holds up to this share of the mean, nine times of ten
+MOST_PARTS = 8
 BUDGETS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 256)
 
 
@@ -65,8 +68,8 @@ def full_update_seconds(
 ) -> float:
     """Seconds of an update. Transfers between cards overlap with computing, those to main memory do not."""
     tokens_per_card = tokens_per_update / gpus
-    micro_batches = max(1.0, tokens_per_card / budget.tokens)
-    computing = tokens_per_card / full_tokens_per_second(shape, gpu, budget)
+    micro_batches = max(1, math.ceil(tokens_per_card / budget.tokens))
+    computing = tokens_per_card / full_tokens_per_second(shape, gpu, filled(budget, tokens_per_card))
     weights = HALF_BYTES * shape.parameters
     # Stage 3 gathers the weights forward and backward in every micro-batch, 1 and 2 reduce and gather once an update.
     passes = {"1": 2.0, "2": 2.0 * micro_batches, "3": 3.0 * micro_batches}.get(stage[0], 0.0) if gpus > 1 else 0.0
@@ -94,9 +97,19 @@ def _best(
 
 
 def _sizes(longest_row: int, tokens_per_card: float) -> list[int]:
-    """Budgets worth trying: at least the longest row, not much more than a card's share of an update."""
+    """Budgets worth trying: at least the longest row, not much more than a card's share of an update.
+
+    Among them equal parts of that share, a little larger than the mean: updates differ in size.
+    """
     largest = max(longest_row, min((size for size in BUDGETS if size >= tokens_per_card), default=BUDGETS[0]))
-    return sorted({longest_row, *(size for size in BUDGETS if longest_row <= size <= largest)})
+    shares = {math.ceil(tokens_per_card * UPDATES_DIFFER / parts) for parts in range(1, MOST_PARTS + 1)}
+    return sorted({longest_row, *(size for size in {*BUDGETS, *shares} if longest_row <= size <= largest)})
+
+
+def filled(budget: Budget, tokens_per_card: float) -> Budget:
+    """The budget as it is filled: an update is cut into equal micro-batches."""
+    parts = max(1, math.ceil(tokens_per_card / budget.tokens))
+    return replace(budget, tokens=max(1, round(tokens_per_card / parts)))
 
 
 def choose_qlora_budget(
@@ -124,7 +137,7 @@ def choose_qlora_budget(
     least, most = layers_kept or (0, shape.layers)
     return _best(
         fits,
-        lambda budget: qlora_tokens_per_second(shape, lora_rank, gpu, budget),
+        lambda budget: qlora_tokens_per_second(shape, lora_rank, gpu, filled(budget, tokens_per_update / gpus)),
         [tokens] if tokens else _sizes(longest_row, tokens_per_update / gpus),
         least,
         most,

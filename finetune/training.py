@@ -7,7 +7,7 @@ Everything that can be refused is refused before the model is loaded.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +173,11 @@ def _build_trainer(
     return trainer
 
 
+def _filled_budget(run: Run, trainer: "UpdateTrainer") -> Budget:
+    """The budget with the tokens of the largest micro-batch that the first epoch holds."""
+    return replace(run.budget, tokens=trainer.train_dataset.largest_micro_batch(max(1, run.last_update)))
+
+
 def _estimated_speed(run: Run) -> float | None:
     """Tokens per second of all cards, None where the card is not known."""
     room = run.room
@@ -192,8 +197,9 @@ def _print_plan(run: Run, trainer: "UpdateTrainer") -> None:
         say(f"  note: {warmup} warmup_steps are as many as there are updates or more: {rate:g} is never reached")
     say(f"  trained: {room.trainable:,} parameters of {room.shape.parameters:,} ({run.method.name})")
     kept = f"{run.budget.layers_kept} of {room.shape.layers} layers not recomputed"
-    say(f"  micro-batches: at most {run.budget.tokens:,} tokens, {kept}")
-    parts = run.method.predict_memory(room, run.budget)
+    filled = f"the largest has {_filled_budget(run, trainer).tokens:,}"
+    say(f"  micro-batches: at most {run.budget.tokens:,} tokens, {filled}, {kept}")
+    parts = run.method.predict_memory(room, _filled_budget(run, trainer))
     listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
     where = room.gpu.name if room.gpu else "besides the program's own"
     say(f"  memory: about {size_text(total(parts))} of {size_text(room.memory_bytes)}, {where} ({listed})")
@@ -249,10 +255,11 @@ def _write_report(run: Run, trainer: "UpdateTrainer", status: str) -> None:
         "method": run.method.name,
         **report.run_numbers(trainer.progress, trainer.meter, trainer.state.global_step, run.last_update),
         "predicted": {
-            "peak_memory_gib": round(predicted_peak(run.method, run.room, run.budget) / GIB, 2),
+            "peak_memory_gib": round(predicted_peak(run.method, run.room, _filled_budget(run, trainer)) / GIB, 2),
             "tokens_per_second": _estimated_speed(run),
         },
         "token_budget": trainer.token_budget,
+        "largest_micro_batch": _filled_budget(run, trainer).tokens,
         "layers_not_recomputed": run.budget.layers_kept,
         "devices": f"{run.room.world_size} x {device}",
         "identity": run.identity,

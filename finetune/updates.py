@@ -66,11 +66,19 @@ class UpdateDataset:
     def __len__(self) -> int:
         return math.ceil(len(self.samples) / self.rows_per_update)
 
-    def __getitem__(self, index: int) -> RankUpdate:
+    def _plan(self) -> list[Update]:
         if self._planned_epoch != self.epoch:
             plan = (self.lengths, self.rows_per_update, self.world_size, self.token_budget, self.seed, self.epoch)
             self._updates, self._planned_epoch = plan_epoch(*plan), self.epoch
-        update = self._updates[index]
+        return self._updates
+
+    def largest_micro_batch(self, num_updates: int) -> int:
+        """Tokens of the largest micro-batch of any rank in the first updates of the epoch: often below the budget."""
+        parts = (rows for update in self._plan()[:num_updates] for steps in update.micro_batches for rows in steps)
+        return max(sum(self.lengths[row] for row in rows) for rows in parts)
+
+    def __getitem__(self, index: int) -> RankUpdate:
+        update = self._plan()[index]
         rows = update.rows
         return RankUpdate(
             micro_batches=update.micro_batches[self.rank],

@@ -65,16 +65,18 @@ class TestOnGpu:
 
     @pytest.mark.parametrize("inputs, outputs", [(64, 64), (192, 320), (5120, 1024)])
     def test_weights(self, inputs, outputs):
-        from finetune.kernels import nf4_to_fp8
+        from finetune.kernels import nf4_to_dense
 
         layer = quantised_layer(inputs, outputs)
         scale = Frozen(layer, fp8=True).scale
-        straight, transposed = (nf4_to_fp8(layer.weight, scale, flag) for flag in (False, True))
+        straight, transposed = (nf4_to_dense(layer.weight, torch.float8_e4m3fn, scale, flag) for flag in (False, True))
         assert torch.equal(straight.float(), transposed.float().T) and straight.is_contiguous()
         exact = dense_weight(layer, torch.float32)
         error = (straight.float() * scale - exact).norm() / exact.norm()
         assert error < 0.03
         assert straight.float().abs().max().item() == FP8_LARGEST
+        dense = nf4_to_dense(layer.weight, torch.bfloat16)
+        torch.testing.assert_close(dense, dense_weight(layer, torch.bfloat16), rtol=2**-7, atol=0)
 
     def test_projections_in_fp8(self):
         """Forward and backward within the rounding of FP8 of the 16-bit products."""
@@ -84,7 +86,7 @@ class TestOnGpu:
         b = [torch.randn(layer.out_features, 8, device="cuda").requires_grad_() for layer in layers]
         results = []
         for fp8 in (False, True):
-            group = Group([Frozen(layer, fp8) for layer in layers], [0.1, 0.2], 0.1)
+            group = Group([Frozen(layer, fp8) for layer in layers], [8, 8], [0.1, 0.2], 0.1)
             assert all((frozen.scale is not None) == fp8 for frozen in group.frozen)
             torch.manual_seed(1)
             outputs = Projections.apply(x, group, *a, *b)
@@ -112,18 +114,30 @@ class TestOnGpu:
         torch.testing.assert_close(found[5].double(), wanted[5], rtol=1e-2, atol=0)
 
     def test_the_normalised_heads_loss_and_gradients(self):
-        """Liger's kernel on unit rows against the chunked definition in float32."""
-        pytest.importorskip("liger_kernel")
-        from finetune.loss import UnitRows, liger_cross_entropy, summed_cross_entropy
+        """The kernels on unit rows against the chunked definition in float32."""
+        from finetune.loss import UnitRows, summed_cross_entropy
 
         hidden = torch.randn(500, 256, device="cuda").bfloat16()
         weight = torch.randn(3000, 256, device="cuda").bfloat16()
         targets = torch.randint(0, 3000, (500,), device="cuda")
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         exact = [hidden.float().requires_grad_(), weight.float().requires_grad_()]
-        loss = liger_cross_entropy(leaves[0], UnitRows.apply(leaves[1]), targets, 128)
+        loss = summed_cross_entropy(leaves[0], UnitRows.apply(leaves[1]), targets, 128)
         expected = summed_cross_entropy(*exact, targets, 128, normalize=True)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
         wanted = torch.autograd.grad(expected, exact)
         for found, want in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
             assert (found - want).norm() < 0.02 * want.norm()
+
+    @pytest.mark.parametrize("size", [1000, 152064])
+    def test_cross_entropy(self, size):
+        from finetune.kernels import cross_entropy_
+
+        logits = (torch.randn(70, size, device="cuda") * 5).bfloat16()
+        targets = torch.randint(0, size, (70,), device="cuda")
+        exact = logits.double().requires_grad_()
+        expected = torch.nn.functional.cross_entropy(exact, targets, reduction="sum")
+        (wanted,) = torch.autograd.grad(expected, exact)
+        loss, gradient = cross_entropy_(logits, targets)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and gradient is logits
+        assert (gradient - wanted).norm() < 3e-3 * wanted.norm()
