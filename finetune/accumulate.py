@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from finetune.recipes import split_recipe
+
 
 def accumulate_in_products(model: nn.Module) -> int:
     """Give every trainable, bias-free nn.Linear of the decoder the direct path; returns how many have it.
@@ -33,15 +35,18 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.compute, sources = split_recipe(x)
+        ctx.save_for_backward(*sources)
+        ctx.shape = x.shape
         ctx.weight = weight  # the parameter itself, whose .grad is needed
         return functional.linear(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        grad_TO, x_TI = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
+        weight = ctx.weight
+        x_TI = ctx.compute(*ctx.saved_tensors).reshape(-1, ctx.shape[-1])
+        grad_TO = grad_output.reshape(-1, grad_output.shape[-1])
         grad_x = grad_output @ weight if ctx.needs_input_grad[0] else None
         if weight.grad is None:
             return grad_x, grad_TO.T @ x_TI

@@ -53,6 +53,7 @@ def _load(
     from finetune.attention import PADDING_FREE, enable_padding_free_attention
     from finetune.loss import enable_chunked_loss
     from finetune.qlora import apply_liger
+    from finetune.recipes import attach_recipes
 
     model_dir = arguments.model.model_name_or_path
     if stage != "none":
@@ -71,6 +72,7 @@ def _load(
     apply_liger(model)
     if stage == "none":
         accumulate_in_products(model)
+        attach_recipes(model)
     return enable_padding_free_attention(model)
 
 

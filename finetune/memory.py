@@ -6,8 +6,9 @@ P is the number of weights. T tokens of a micro-batch, h hidden, q, kv widths of
   bits.
 - Full: 2 P weights, 2 P gradients, and 4 P moments in 16 bits (one card) or 12 P with 32-bit master weights
   (DeepSpeed).
-- A layer kept for the backward pass: 2 T (4 h + 2 q + 2 kv + 3 f). A recomputed one: 2 T h, and one layer at a time
-  while it is redone.
+- A layer kept for the backward pass: 2 T (2 h + 2 q + 2 kv + 2 f), its norms and SwiGLU's product computed again
+  (finetune.recipes); with DeepSpeed they are kept: 2 T (4 h + 2 q + 2 kv + 3 f). A recomputed layer: 2 T h, and one
+  at a time while it is redone.
 
 tests/test_plan.py compares the sums with what an H100 measured.
 """
@@ -71,11 +72,11 @@ class Shape:
         """Weights that every token is multiplied with: projections and head."""
         return self.projection_parameters + self.vocabulary * self.hidden
 
-    @property
-    def kept_per_token(self) -> int:
-        """Numbers that one layer keeps of each token for its backward pass."""
+    def kept_per_token(self, has_recipes: bool) -> int:
+        """Numbers that one layer keeps of each token for its backward pass, with finetune.recipes or without."""
         q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
-        return 4 * self.hidden + 2 * q + 2 * kv + 3 * self.feed_forward
+        recipes = 0 if has_recipes else 2 * self.hidden + self.feed_forward
+        return 2 * self.hidden + 2 * q + 2 * kv + 2 * self.feed_forward + recipes
 
     def lora_parameters(self, rank: int) -> int:
         """Weights of A and B on all seven projections."""
@@ -115,10 +116,12 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape:
         raise UserError(f"config.json: expected a decoder of the Llama kind, found no {missing}.") from None
 
 
-def _activations(shape: Shape, tokens: int, layers_kept: int, width: int = HALF_BYTES) -> dict[str, float]:
+def _activations(
+    shape: Shape, tokens: int, layers_kept: int, width: int = HALF_BYTES, has_recipes: bool = True
+) -> dict[str, float]:
     """Bytes of one micro-batch of `width`-byte numbers. `layers_kept` layers keep all, others are redone singly."""
     recomputed = shape.layers - layers_kept
-    a_layer = tokens * shape.kept_per_token * width
+    a_layer = tokens * shape.kept_per_token(has_recipes) * width
     inputs = recomputed * tokens * shape.hidden * width
     largest_weight = max(a * b for a, b in shape.projections) * width
     return {
@@ -165,7 +168,8 @@ def full_memory(shape: Shape, stage: str, gpus: int, tokens: int, layers_kept: i
     live = HALF_BYTES * min(p, LIVE_PARAMETERS) if level == 3 else 0
     buckets = 2 * HALF_BYTES * min(p, BUCKET_ELEMENTS) if level else 0
     parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
-    return {**parts, **_activations(shape, tokens, layers_kept), "buffers": buckets + live}
+    activations = _activations(shape, tokens, layers_kept, has_recipes=stage == "none")
+    return {**parts, **activations, "buffers": buckets + live}
 
 
 def host_memory(shape: Shape, stage: str) -> float:

@@ -24,6 +24,7 @@ def _load(arguments: Arguments, dtype: "torch.dtype", device: "torch.device") ->
     from finetune.frozen import check_fp8
     from finetune.loss import enable_chunked_loss
     from finetune.qlora import attach_lora, fuse_projections, load_quantized
+    from finetune.recipes import attach_recipes
 
     lora = arguments.lora
     if lora.fp8_base:
@@ -32,6 +33,7 @@ def _load(arguments: Arguments, dtype: "torch.dtype", device: "torch.device") ->
     enable_chunked_loss(model)
     model = attach_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout)
     fuse_projections(model, fp8=lora.fp8_base)
+    attach_recipes(model)
     return model
 
 

@@ -5,8 +5,9 @@
 peft's own path copies the output and adds a tensor for every term; here each term is accumulated by the matrix product
 that computes it, forward and backward. q, k and v, and gate and up, share their input: it is multiplied with all their
 A at once, its gradient is summed inside the products, and one dropout mask serves them together, as in the original
-LoRA code's merged projections (microsoft/LoRA, MergedLinear). Saved for the backward pass are x and dropout(x) A^T
-alone: W is dequantised again, the mask drawn again from its seed. Parameters and the adapter on disk stay peft's.
+LoRA code's merged projections (microsoft/LoRA, MergedLinear). Saved for the backward pass are x (or what it is made of:
+finetune.recipes) and dropout(x) A^T: W is dequantised again, the mask drawn again from its seed. Parameters and the
+adapter on disk stay peft's.
 
 Dimensions: T = tokens, I = input size, O = output size of one projection, R = its rank, S = all ranks of a group.
 """
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from finetune.dropout import draw_seed, dropout
 from finetune.frozen import Frozen
 from finetune.nf4 import is_4bit, keep_layout
+from finetune.recipes import split_recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -160,6 +162,8 @@ class Projections(torch.autograd.Function):
         x_TI = x.reshape(-1, x.shape[-1])
         count = len(group.frozen)
         ctx.group, ctx.shape = group, x.shape
+        ctx.compute, sources = split_recipe(x)
+        ctx.num_sources = len(sources)
         ctx.seed = draw_seed() if group.dropout else 0
         a_SI = _stacked(matrices[:count], group, x.dtype)
         low_TS = dropout(x_TI, group.dropout, ctx.seed) @ a_SI.T
@@ -167,14 +171,16 @@ class Projections(torch.autograd.Function):
         for frozen, low_TR, b_OR in zip(group.frozen, _parts(low_TS, group), matrices[count:], strict=True):
             output_TO = frozen.forward(x_TI, low_TR, b_OR.to(x.dtype), shared)
             outputs.append(output_TO.view(*x.shape[:-1], -1))
-        ctx.save_for_backward(x_TI, low_TS, *matrices)
+        ctx.save_for_backward(*sources, low_TS, *matrices)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, of every A and of every B."""
-        x_TI, low_TS, *matrices = ctx.saved_tensors
+        saved = ctx.saved_tensors  # unpacked once: a recomputed layer gives them only once
+        low_TS, *matrices = saved[ctx.num_sources :]
+        x_TI = ctx.compute(*saved[: ctx.num_sources]).reshape(-1, ctx.shape[-1])
         group, dtype, count = ctx.group, x_TI.dtype, len(ctx.group.frozen)
         b_list = matrices[count:]
         grads_TO = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
