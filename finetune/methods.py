@@ -72,7 +72,8 @@ def _flops_per_token(room: Room) -> float:
 
 def _tokens_per_second(room: Room, budget: Budget) -> float:
     budget = filled(budget, room.tokens_per_update / room.world_size)
-    return qlora_tokens_per_second(room.shape, room.arguments.lora.lora_rank, room.gpu, budget)
+    lora = room.arguments.lora
+    return qlora_tokens_per_second(room.shape, lora.lora_rank, room.gpu, budget, lora.fp8_base)
 
 
 def _saved_bytes(room: Room) -> tuple[int, int, int]:

@@ -168,10 +168,10 @@ def print_plan(
     method: str, shape: Shape, gpu: Gpu, gpus: int, arguments: Arguments, work: Workload, price: float
 ) -> int:
     """All tables; 0 when something fits on the cards asked for, else 1."""
-    rank = arguments.lora.lora_rank
+    rank, fp8 = arguments.lora.lora_rank, arguments.lora.fp8_base
     if method == "qlora":
-        here = [qlora_option(shape, gpu, gpus, rank, work)]
-        others = [qlora_option(shape, gpu, n, rank, work) for n in counts(gpus)]
+        here = [qlora_option(shape, gpu, gpus, rank, work, fp8)]
+        others = [qlora_option(shape, gpu, n, rank, work, fp8) for n in counts(gpus)]
     else:
         here = full_options(shape, gpu, gpus, work)
         others = [choose(full_options(shape, gpu, n, work)) for n in counts(gpus)]

@@ -56,11 +56,11 @@ def usable_bytes(gpu: Gpu) -> float:
     return (gpu.memory_gib - CONTEXT_GIB) * USED_SHARE * GIB
 
 
-def qlora_option(shape: Shape, gpu: Gpu, gpus: int, rank: int, work: Workload) -> Option:
+def qlora_option(shape: Shape, gpu: Gpu, gpus: int, rank: int, work: Workload, fp8: bool = False) -> Option:
     """QLoRA on so many cards, data parallel."""
     budget = choose_qlora_budget(shape, rank, gpu, usable_bytes(gpu), work.longest_row, work.tokens_per_update, gpus)
     shown = budget or Budget(work.longest_row, 0)
-    speed = qlora_tokens_per_second(shape, rank, gpu, filled(shown, work.tokens_per_update / gpus)) * gpus
+    speed = qlora_tokens_per_second(shape, rank, gpu, filled(shown, work.tokens_per_update / gpus), fp8) * gpus
     parts = qlora_memory(shape, rank, shown.tokens, shown.layers_kept, gpus=gpus)
     return Option("qlora", gpus, parts, budget, work.updates * work.tokens_per_update / speed)
 

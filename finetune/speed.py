@@ -22,8 +22,9 @@ from finetune.memory import (
 )
 
 # Fitted to the H100 runs of tests/test_plan.py: share of the card's reachable rate in QLoRA and in full fine-tuning.
-QLORA_SHARE, QLORA_OVERHEAD_TOKENS = 0.65, 860
-FULL_SHARE, FULL_OVERHEAD_TOKENS = 0.887, 1130
+QLORA_SHARE, QLORA_OVERHEAD_TOKENS = 0.722, 900
+FP8_GAIN = 1.31  # of QLoRA's speed by fp8_base, on an H100
+FULL_SHARE, FULL_OVERHEAD_TOKENS = 0.806, 300
 HOST_LINK_BYTES = 20e9  # bytes/s between a card and main memory, PCIe 4 x16
 # Parameters/s of the CPU's Adam. DeepSpeed's ZeRO-Offload tutorial: a step of 3 B takes 2.4 s on a host of 128 cores.
 HOST_ADAM_PARAMETERS = 2e9
@@ -51,10 +52,11 @@ class Budget:
     layers_kept: int
 
 
-def qlora_tokens_per_second(shape: Shape, lora_rank: int, gpu: Gpu, budget: Budget) -> float:
-    """Trained tokens per second of one card."""
+def qlora_tokens_per_second(shape: Shape, lora_rank: int, gpu: Gpu, budget: Budget, fp8: bool = False) -> float:
+    """Trained tokens per second of one card, `budget` being what a micro-batch holds."""
     flops = qlora_flops_per_token(shape, lora_rank, 1 - budget.layers_kept / shape.layers)
-    return gpu.reachable_flops * QLORA_SHARE / flops * budget.tokens / (budget.tokens + QLORA_OVERHEAD_TOKENS)
+    rate = gpu.reachable_flops * QLORA_SHARE * (FP8_GAIN if fp8 else 1)
+    return rate / flops * budget.tokens / (budget.tokens + QLORA_OVERHEAD_TOKENS)
 
 
 def full_tokens_per_second(shape: Shape, gpu: Gpu, budget: Budget) -> float:

@@ -1,6 +1,7 @@
 """The plan's arithmetic against sums written out by hand and against what an H100 measured; its command line."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -33,16 +34,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 QWEN, BAICHUAN = KNOWN_SHAPES["qwen-14b"], KNOWN_SHAPES["baichuan2-7b"]
 H100 = named_gpu("H100")
 
-# One H100 80GB, torch 2.11, Liger, packed rows, rank 64: micro-batch tokens, layers not recomputed, peak GiB that torch
-# allocated (paged AdamW's state is outside its allocator; LoRA weights were bfloat16), trained tokens per second.
-MEASURED_QLORA = [
-    (4096, 40, 35.4, 7646),
-    (6144, 40, 47.6, 8118),
-    (8192, 0, 14.2, 5016),
-    (4096, 30, 30.1, 6285),
+# One H100 80GB, torch 2.11, the shipped commands (benchmarks/results): tokens of the largest micro-batch and of the
+# mean one, layers not recomputed, peak GiB that torch allocated, trained tokens per second. LoRA has rank 64.
+MEASURED_QLORA = [(11715, 10610, 40, 64.0, 9455), (5858, 5305, 40, 39.0, 8768)]
+# All of 7.5 B parameters, weights, gradients and moments in bfloat16, 3 to 4 micro-batches an update; the first three
+# were a loop's on the way here, and all kept the norms' results and SwiGLU's product.
+MEASURED_FULL = [
+    (8192, 8192, 0, 59.3, 10316),
+    (8192, 8192, 8, 66.8, 11261),
+    (16384, 16384, 0, 62.4, 10983),
+    (3771, 3630, 32, 72.9, 12910),
 ]
-# The same card, all of 7.5 B parameters, weights, gradients and moments in bfloat16.
-MEASURED_FULL = [(8192, 0, 59.3, 10316), (8192, 8, 66.8, 11261), (16384, 0, 62.4, 10983)]
 
 
 def test_parameters_by_hand() -> None:
@@ -81,12 +83,12 @@ def test_qlora_memory_by_hand() -> None:
     assert parts["weights"] == pytest.approx(nf4 + rest + 4 * lora)
     assert parts["gradients"] == 4 * lora
     assert parts["optimizer"] == 8 * lora
-    # x, its norm, q, k, v, attention's output, x again, its norm; gate, up, their product; and one dequantised weight
-    assert parts["activations"] == 40 * 1000 * 2 * (8 * 5120 + 3 * 13696) + 2 * 5120 * 13696
+    # x, q, k, v, attention's output, x again; gate, up; and one dequantised weight
+    assert parts["activations"] == 40 * 1000 * 2 * (6 * 5120 + 2 * 13696) + 2 * 5120 * 13696
     assert parts["logits"] == 1024 * 152064 * 6
     assert parts["buffers"] == 0
-    recomputed = qlora_memory(QWEN, 64, 1000, 0, 4, 8)["activations"]
-    assert recomputed == 40 * 1000 * 2 * 5120 + 1000 * 2 * (8 * 5120 + 3 * 13696)
+    recomputed = qlora_memory(QWEN, 64, 2000, 0, 4, 8)["activations"]
+    assert recomputed == 40 * 2000 * 2 * 5120 + 2000 * 2 * (6 * 5120 + 2 * 13696)
 
 
 def test_full_memory_by_hand() -> None:
@@ -107,17 +109,23 @@ def test_full_memory_by_hand() -> None:
     assert host_memory(BAICHUAN, "3") == 0
 
 
-@pytest.mark.parametrize(("tokens", "kept", "gib", "speed"), MEASURED_QLORA)
-def test_qlora_estimates_are_within_15_percent_of_the_measured(tokens: int, kept: int, gib: float, speed: int) -> None:
-    parts = qlora_memory(QWEN, 64, tokens, kept, lora_bytes=2, optimizer_bytes=8)
-    assert (total(parts) - parts["optimizer"]) / GIB == pytest.approx(gib, rel=0.15)
-    assert qlora_tokens_per_second(QWEN, 64, H100, Budget(tokens, kept)) == pytest.approx(speed, rel=0.15)
+@pytest.mark.parametrize(("largest", "mean", "kept", "gib", "speed"), MEASURED_QLORA)
+def test_qlora_estimates_are_near_the_measured(largest: int, mean: int, kept: int, gib: float, speed: int) -> None:
+    assert total(qlora_memory(QWEN, 64, largest, kept)) / GIB == pytest.approx(gib, rel=0.10)
+    assert qlora_tokens_per_second(QWEN, 64, H100, Budget(mean, kept)) == pytest.approx(speed, rel=0.10)
 
 
-@pytest.mark.parametrize(("tokens", "kept", "gib", "speed"), MEASURED_FULL)
-def test_full_estimates_are_within_15_percent_of_the_measured(tokens: int, kept: int, gib: float, speed: int) -> None:
-    assert total(full_memory(BAICHUAN, "none", 1, tokens, kept)) / GIB == pytest.approx(gib, rel=0.15)
-    assert full_tokens_per_second(BAICHUAN, H100, Budget(tokens, kept)) == pytest.approx(speed, rel=0.15)
+def test_fp8_products_are_counted() -> None:
+    speeds = [qlora_tokens_per_second(QWEN, 64, H100, Budget(10610, 40), fp8) for fp8 in (False, True)]
+    assert speeds[1] == pytest.approx(12384, rel=0.05) and speeds[1] > 1.2 * speeds[0]
+
+
+@pytest.mark.parametrize(("largest", "mean", "kept", "gib", "speed"), MEASURED_FULL)
+def test_full_estimates_are_near_the_measured(largest: int, mean: int, kept: int, gib: float, speed: int) -> None:
+    without_recipes = BAICHUAN.kept_per_token(False) - BAICHUAN.kept_per_token(True)
+    predicted = total(full_memory(BAICHUAN, "none", 1, largest, kept)) + 2 * kept * largest * without_recipes
+    assert predicted / GIB == pytest.approx(gib, rel=0.10)
+    assert full_tokens_per_second(BAICHUAN, H100, Budget(mean, kept)) == pytest.approx(speed, rel=0.15)
 
 
 def test_flops_by_hand() -> None:
@@ -132,8 +140,11 @@ def test_the_budget_fits_and_more_of_it_would_not() -> None:
     room = 44 * GIB
     chosen = choose_qlora_budget(QWEN, 64, H100, room, longest_row=1024, tokens_per_update=20_000)
     assert total(qlora_memory(QWEN, 64, chosen.tokens, chosen.layers_kept)) <= room
-    larger = [Budget(tokens, 40) for tokens in (6144, 8192) if tokens > chosen.tokens] + [Budget(chosen.tokens, 40)]
-    assert all(total(qlora_memory(QWEN, 64, b.tokens, b.layers_kept)) > room for b in larger if b != chosen)
+    if chosen.layers_kept < 40:
+        assert total(qlora_memory(QWEN, 64, chosen.tokens, chosen.layers_kept + 1)) > room
+    # One micro-batch fewer, with room for updates that are larger than the mean, would not fit.
+    parts = math.ceil(20_000 / chosen.tokens)
+    assert total(qlora_memory(QWEN, 64, math.ceil(1.12 * 20_000 / (parts - 1)), 40)) > room
     assert choose_qlora_budget(QWEN, 64, H100, 10 * GIB, 1024, 20_000) is None
     fixed = choose_qlora_budget(QWEN, 64, H100, room, 1024, 20_000, layers_kept=(0, 0), tokens=5000)
     assert fixed == Budget(5000, 0)
