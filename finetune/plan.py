@@ -25,6 +25,10 @@ from finetune.plan_options import Option, Workload, choose, counts, full_options
 
 # Tokens of a Chinese or mixed text for each character, both vocabularies, and of the template around a turn.
 TOKENS_PER_CHARACTER, TOKENS_PER_TURN = 0.75, 12
+TIMES = (
+    "times: fitted to one measured H100; another card's are scaled by its peak rate, several cards' computed from\n"
+    "their links and not measured. What counts is the tokens/s of the first updates."
+)
 WALKTHROUGH = (
     "For comparison, the walkthrough's own 7B runs (padded batches, 2 epochs): on 2 x A100-80G only stage 3 ran,\n"
     "about 14 hours without offloading and 20 with it; on 4 x A100-80G stage 1 was enough."
@@ -180,6 +184,7 @@ def print_plan(
     print("\nby number of cards, the best way of each, the rows of an update kept as they are:")
     fitting = [option for option in others if option is not None]
     print(table(fitting, gpu, None, price) if fitting else "  none fits")
+    print(TIMES)
     print(f"\n{disk_lines(shape, (chosen or here[0]).name, rank, arguments.train.save_total_limit)}")
     if chosen is None:
         print(advice(method, gpu, gpus, shape, work))

@@ -182,6 +182,23 @@ def test_a_full_disk_is_refused_before_the_first_update(
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_a_run_that_saves_no_checkpoints_needs_disk_for_final_alone(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune import room
+
+    needed = []
+    monkeypatch.setattr(room.saving, "check_disk", lambda path, size: needed.append(size))
+    assert run_here(flags, tmp_path, "--save_strategy", "no", "--max_steps", "1", "--report_to", "none") == 0
+    final = sum(path.stat().st_size for path in (tmp_path / "final").glob("adapter_model*"))
+    assert final <= needed[0] <= final + 30 * 2**20
+
+
+def test_fp8_is_refused_where_the_device_has_none(flags: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="fp8_base needs a card of the Ada or Hopper generation.*found a CPU"):
+        run_here(flags, tmp_path, "--fp8_base", "true")
+
+
 def test_a_held_out_part_is_measured(flags: list[str], tmp_path: Path) -> None:
     more = "--eval_split_percentage 20 --eval_steps 2 --max_steps 4 --bf16 true --fp16 false --report_to none".split()
     assert run_here(flags, tmp_path, *more) == 0
