@@ -304,3 +304,18 @@ def test_exactly_the_named_layers_are_recomputed(quantised, num_layers):
 def test_a_model_without_the_projections_is_refused():
     with pytest.raises(UserError, match="has none of the layers"):
         attach_lora(torch.nn.Sequential(torch.nn.Linear(2, 2)), 2, 2, 0.0)
+
+
+def test_emulated_fp8_is_off_by_what_the_format_rounds():
+    from benchmarks.train_emulated_fp8 import EmulatedFrozen
+
+    torch.manual_seed(0)
+    base = torch.nn.Linear(256, 192).requires_grad_(False)
+    x, a, b = torch.randn(64, 256, requires_grad=True), torch.randn(8, 256), torch.zeros(192, 8)
+    results = []
+    for kind in (Frozen, EmulatedFrozen):
+        (output,) = Projections.apply(x, Group([kind(base)], [8], [1.0], 0.0), a, b)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [x])])
+    for exact, rounded in zip(*results, strict=True):
+        # Three bits behind the point: 2^-4 at most and about 2.6 % in norm for each factor.
+        assert 0.01 < (rounded - exact).norm() / exact.norm() < 0.06
