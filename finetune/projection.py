@@ -45,7 +45,7 @@ def fuse_projections(model: "PeftModel", fp8: bool = False) -> int:
     from peft.tuners.lora import LoraLayer
 
     keep_layout(model)
-    fused, left = 0, []
+    fused, left, in_16_bits = 0, [], 0
     for name, module in model.named_modules():
         layers = {key: child for key, child in module.named_children() if isinstance(child, LoraLayer)}
         covered = {}
@@ -57,10 +57,14 @@ def fuse_projections(model: "PeftModel", fp8: bool = False) -> int:
             else:
                 covered[key] = layer
         for group in _groups(covered):
-            SharedInput([covered[key] for key in group], fp8)
+            in_16_bits += SharedInput([covered[key] for key in group], fp8).num_in_16_bits
         fused += len(covered)
     if left:
         logger.warning("%d LoRA layers keep peft's slower path, the first is %s", len(left), left[0])
+    if fp8 and in_16_bits:
+        logger.warning(
+            "%d projections keep 16-bit products: FP8 needs NF4 weights of sizes divisible by 64", in_16_bits
+        )
     return fused
 
 
@@ -97,6 +101,11 @@ class SharedInput:
         self._waiting: dict[nn.Module, Tensor] = {}
         for module in members:
             module._peft_forward, module.forward = module.forward, partial(self, module)
+
+    @property
+    def num_in_16_bits(self) -> int:
+        """Members without FP8 products."""
+        return sum(frozen.scale is None for frozen in self._frozen.values())
 
     def __call__(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of a member, shaped and typed as peft's."""

@@ -290,6 +290,12 @@ def test_a_16_bit_base_is_fused_too():
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_fp8_that_cannot_be_had_is_said(quantised, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert fuse_projections(adapted(quantised), fp8=True) == 14
+    assert "14 projections keep 16-bit products" in caplog.text
+
+
 @pytest.mark.parametrize("num_layers", [0, 1, 2, 9])
 def test_exactly_the_named_layers_are_recomputed(quantised, num_layers):
     model = adapted(quantised)
