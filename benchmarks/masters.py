@@ -17,6 +17,7 @@ logs/, and masters.md, masters.png and masters.json with the losses of all updat
 """
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -133,17 +134,22 @@ def result_of(run: Path) -> dict[str, Any]:
 
 def model_of(run: Path, base: Path) -> Path:
     """The model that the optimiser updated: final/, or the fp32 masters put together from DeepSpeed's checkpoint."""
-    import torch
-
     from finetune.final_model import complete
     from finetune.saving import newest_checkpoint
-    from finetune.zero import weights_from_zero
 
     checkpoint, target = newest_checkpoint(run)[0], run / "fp32"
     if checkpoint is None:
         return run / "final"
     if not (target / "config.json").exists():
-        weights_from_zero(checkpoint, target, torch.float32)
+        import torch
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        from transformers import AutoModelForCausalLM
+
+        # Through a model, because finetune.zero.weights_from_zero cannot write SmolLM2's tied head.
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        with contextlib.redirect_stdout(sys.stderr):
+            model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint)))
+        model.save_pretrained(target)
         complete(target, base, norm_head=False)
     return target
 

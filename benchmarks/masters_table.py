@@ -92,10 +92,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True)
         for index, (name, run) in enumerate(runs.items()):
             losses, color = run["losses"], f"C{index}"
+            style = "--" if name == "float32" else "-"  # the line below it shows through
             blocks = [losses[start : start + SMOOTHED] for start in range(0, len(losses), SMOOTHED)]
             middles = [SMOOTHED * number + (len(block) + 1) / 2 for number, block in enumerate(blocks)]
-            top.plot(middles, list(map(mean, blocks)), color=color, label=NAMES[name])
-            bottom.plot(range(1, len(losses) + 1), differences(runs, name, reference), color=color, linewidth=0.9)
+            top.plot(middles, list(map(mean, blocks)), style, color=color, label=NAMES[name])
+            gaps = differences(runs, name, reference)
+            bottom.plot(range(1, len(losses) + 1), gaps, style, color=color, linewidth=0.9)
         top.set(ylabel=f"loss, mean of {SMOOTHED} updates", title="Full fine-tuning with and without fp32 masters")
         bottom.set(xlabel="update", ylabel=f"less the loss with\n{NAMES[reference]}")
         top.legend()
