@@ -181,6 +181,20 @@ def test_scores_as_lm_eval_reads_them(service, model):
         assert total == pytest.approx(own, abs=1e-4) and is_greedy == best
 
 
+def test_an_end_token_has_its_place_in_the_scores(service, model):
+    """lm-eval drops the last place: without the end token there, the continuation's own last token would be lost."""
+    _, tokenizer = model
+    prompt = tokenizer.encode("今天的天气很好")
+    fields = {"logprobs": 1, "echo": True, "max_tokens": 1, "temperature": 0}
+    plain = complete(service, prompt, **fields)
+    ended = complete(service, prompt, **fields, logit_bias={str(tokenizer.eos_token_id): 100})
+    assert (ended["finish_reason"], ended["text"]) == ("stop", "今天的天气很好")
+    scores = ended["logprobs"]
+    assert scores["tokens"][-1] == tokenizer.eos_token and scores["text_offset"][-1] == len(ended["text"])
+    assert scores["token_logprobs"][:-1] == plain["logprobs"]["token_logprobs"][:-1]
+    assert all(len(column) == len(prompt) + 1 for column in scores.values())
+
+
 def test_chat_logprobs_join_to_the_content(service):
     fields = {"logprobs": True, "top_logprobs": 3, "max_tokens": 24, "temperature": 1, "seed": 5}
     choice = service.chat("你好", **fields).json()["choices"][0]

@@ -118,7 +118,7 @@ class Event:
     """A step of an answer. `text` is the tokens' texts joined; the last event has a finish_reason and may have no text.
 
     Text that may turn out to be the beginning of a stop string, and half characters, are held back with their tokens.
-    The token that ended the answer (an end token) appears in no event but is counted in num_tokens.
+    An end token, which ends the answer without a text, is not among `tokens`; num_tokens counts it.
     """
 
     text: str = ""
@@ -126,6 +126,7 @@ class Event:
     prompt_tokens: tuple[Token, ...] = ()  # once, when prompt_logprobs was given
     finish_reason: str | None = None  # STOP, LENGTH, CANCELLED, ERROR
     stop_reason: str | int | None = None  # the stop string, or the end token's id
+    end_token: Token | None = None  # the end token with its log-probability, in the last event
     error: EngineError | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt, taken over from an earlier request

@@ -29,6 +29,7 @@ class Sequence:
         self.prompt_tokens: list[Token] = []
         self.cancelled = False
         self.finish_reason: str | None = None
+        self.end_token: Token | None = None
 
     @property
     def finished(self) -> bool:
@@ -66,6 +67,7 @@ class Sequence:
         """Take the next token of the answer, deliver the text that became certain, and finish where it ends."""
         self.tokens.append(token.id)
         if token.id in end_ids and not self.params.ignore_eos:
+            self.end_token = token
             self.finish(STOP, token.id)
             return
         released = self.text.add(token)
@@ -98,6 +100,7 @@ class Sequence:
             prompt_tokens=tuple(self.prompt_tokens),
             finish_reason=finish_reason,
             stop_reason=stop_reason,
+            end_token=self.end_token,
             error=error,
             num_prompt_tokens=len(self.prompt),
             num_cached_tokens=self.num_cached_tokens,

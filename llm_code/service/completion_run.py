@@ -1,4 +1,8 @@
-"""A text completion, of one prompt or many, as text or as token ids; with `echo` the prompt comes back in front."""
+"""A text completion, of one prompt or many, as text or as token ids; with `echo` the prompt comes back in front.
+
+The log-probabilities have the end token too, with an empty text: programs that score a prompt with max_tokens 1, as
+lm-eval does, take away one place at the end whatever it is.
+"""
 
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
@@ -44,7 +48,7 @@ class CompletionRun(Run):
                 if index not in texts:
                     texts[index] = self._echoed(index)
                 texts[index] += event.text
-                tokens[index] += (*event.prompt_tokens, *event.tokens)
+                tokens[index] += _scored(event)
         choices = [self._choice(index, texts[index], tokens[index], 0) for index in sorted(self.last_events)]
         return Completion(object="text_completion", choices=choices, usage=self.usage(), **self.envelope)
 
@@ -55,7 +59,7 @@ class CompletionRun(Run):
         async with aclosing(self.events()) as events:
             async for index, event in events:
                 text = event.text if index in lengths else self._echoed(index) + event.text
-                held[index] += (*event.prompt_tokens, *event.tokens)
+                held[index] += _scored(event)
                 if text or event.finish_reason is not None:
                     offset = lengths.get(index, 0)
                     lengths[index] = offset + len(text)
@@ -82,3 +86,8 @@ class CompletionRun(Run):
         if isinstance(prompt, str):
             return prompt
         return b"".join(map(self.engine.token_bytes, prompt)).decode("utf-8", "replace")
+
+
+def _scored(event: Event) -> tuple[Token, ...]:
+    """The tokens of an event that have a place in the log-probabilities."""
+    return (*event.prompt_tokens, *event.tokens, *((event.end_token,) if event.end_token else ()))
