@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_ELEMENTS = 1 << 24  # of 32-bit copies at a time, where there is no kernel
+MAX_ELEMENTS = 1 << 18  # of 32-bit copies at a time, where there is no kernel: they fit in a core's cache
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive steps over the seeds
 
 
