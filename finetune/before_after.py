@@ -31,7 +31,7 @@ from finetune.text_files import write_aside
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--title", help="name of the model on the page (default: that of --train_dir)")
+    parser.add_argument("--title", help="name of the model on the page (default: the base model's, then --train_dir's)")
     parser.add_argument("--train_dir", required=True, type=Path, help="output folder of the training")
     parser.add_argument("--train_file", required=True, type=Path, help="rows it was trained on")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder of the page")
@@ -58,7 +58,11 @@ def read_scores(named: Sequence[Sequence[str]]) -> tuple[list[Score], list[str]]
         check_same_rows(before, after, name)
         scores.append(Score(name, before, after))
     if not scores:
-        raise UserError("expected at least one test evaluated before and after, but " + " ".join(remarks))
+        raise UserError(
+            "expected at least one test evaluated before and after, but "
+            + " ".join(remarks)
+            + " Evaluate the base model and the fine-tuned one first: README.md, Before and after."
+        )
     return scores, remarks
 
 
@@ -71,12 +75,19 @@ def read_training(train_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected the report that training writes, but {error}. Train first.") from None
 
 
+def model_name(report: dict[str, Any], train_dir: Path) -> str:
+    """The folder name of the base model, and that of the run."""
+    base = Path(report.get("config", {}).get("model_name_or_path") or "").name
+    return f"{base}, {train_dir.name}" if base else train_dir.name
+
+
 def main() -> None:
     """Write the page."""
     args = parse_args()
     report, (scores, remarks) = read_training(args.train_dir), read_scores(args.score)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    blocks: list[Block] = [Heading(f"{args.title or args.train_dir.name}: before and after fine-tuning", 1)]
+    title = args.title or model_name(report, args.train_dir)
+    blocks: list[Block] = [Heading(f"{title}: before and after fine-tuning", 1)]
     blocks += score_blocks(scores, remarks, args.output_dir)
     blocks += training_blocks(report, args.train_dir, args.output_dir)
     blocks += sample_blocks(scores)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.tables import markdown_table
+from finetune.tables import markdown_table, width
 
+SHORT = 16  # columns of a terminal
 STYLE = (
-    "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "body{font:16px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #bbb;padding:.2em .6em;vertical-align:top;"
-    "text-align:left;white-space:pre-wrap}img{max-width:100%}"
+    "text-align:left;white-space:pre-wrap;overflow-wrap:anywhere}.short{white-space:nowrap}img{max-width:100%}"
 )
 
 
@@ -89,4 +90,7 @@ def _html(block: Block) -> str:
 
 
 def _html_row(cells: Sequence[str], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    """A row; short cells stay on one line, long ones break anywhere, so that no column grows past the page."""
+    marks = [' class="short"' if width(cell) <= SHORT and "\n" not in cell else "" for cell in cells]
+    pairs = zip(marks, cells, strict=True)
+    return "<tr>" + "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for mark, cell in pairs) + "</tr>"

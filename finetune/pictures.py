@@ -1,7 +1,7 @@
 """Pictures written as PNG, with Chinese labels where a font has them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,33 @@ CJK_FONTS = (
 
 def find_cjk_font() -> str | None:
     """Name of an installed font with Chinese characters."""
-    from matplotlib import font_manager
+    from matplotlib.font_manager import fontManager
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return next((name for name in CJK_FONTS if name in installed), None)
+    for look_again in (False, True):
+        if look_again:
+            _add_new_fonts()
+        installed = {font.name for font in fontManager.ttflist}
+        if found := next((name for name in CJK_FONTS if name in installed), None):
+            return found
+    return None
+
+
+def _add_new_fonts() -> None:
+    """Tell matplotlib of fonts installed after it wrote its list, which it otherwise keeps for ever."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    known = {font.fname for font in fontManager.ttflist}
+    for path in sorted(set(findSystemFonts()) - known):
+        with suppress(OSError, RuntimeError):  # a file that is no font
+            fontManager.addfont(path)
+
+
+def name_rows(axes: Any, names: Sequence[str], font: str | None) -> None:
+    """Write the names at rows 0, 1, ... from the bottom; a Chinese one without a Chinese font as its line, from 1."""
+    labels = [name if font or name.isascii() else str(len(names) - i) for i, name in enumerate(names)]
+    axes.set_yticks(range(len(names)), labels)
+    if labels != list(names):
+        axes.set_ylabel("line of the tables (no Chinese font)")
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from finetune.contamination import N, overlap
 from finetune.countdown import format_seconds
 from finetune.page import Block, Heading, Picture, Table, Text
 from finetune.paired_scores import Difference, Score, adjusted, by_domain, difference, samples, score_key, verdict
-from finetune.pictures import find_cjk_font, picture
+from finetune.pictures import find_cjk_font, name_rows, picture
 from finetune.rows import read_rows
 
 NUM_SAMPLES = 8
 NUM_EXAMPLES = 5
 LONGEST_SAMPLE = 400
-SCORE_HEADER = ["test", "rows", "before", "95 %", "after", "95 %", "change", "p", ""]
+SCORE_HEADER = ["test", "rows", "before", "95 % interval", "after", "95 % interval", "change", "p", ""]
 
 
 def number(value: float, key: str) -> str:
@@ -26,7 +26,7 @@ def number(value: float, key: str) -> str:
 def score_row(entry: Difference, key: str) -> list[str]:
     """One line of a table of scores."""
     low_high = [f"{number(low, key)} to {number(high, key)}" for low, high in (entry.before_95, entry.after_95)]
-    change = f"{100 * entry.change:+.1f} points" if key == "correct" else f"{entry.change:+.4f}"
+    change = f"{100 * entry.change:+z.1f} points" if key == "correct" else f"{entry.change:+z.4f}"
     values = [number(entry.before, key), low_high[0], number(entry.after, key), low_high[1], change]
     return [entry.name, f"{entry.num_rows:,}", *values, f"{entry.p:.3g} ({entry.test})", verdict(entry)]
 
@@ -66,24 +66,25 @@ def draw_differences(entries: Sequence[Difference], path: Path) -> None:
             ]
             places = [i + shift for i in range(len(shown))]
             axes.errorbar(values, places, xerr=errors, fmt="o", color=colour, capsize=3, label=label)
-        names = [entry.name for entry in shown]
-        # without a Chinese font the lines are numbered, in the order of the tables
-        axes.set_yticks(range(len(shown)), names if font else [str(len(shown) - i) for i in range(len(shown))])
-        axes.set(xlabel="score", xlim=(0, 1))
+        name_rows(axes, [entry.name for entry in shown], font)
+        axes.set(xlabel="BLEU, or share of right answers, with 95 % interval", xlim=(0, 1))
         axes.grid(axis="x", alpha=0.3)
         axes.legend()
 
 
 def training_blocks(report: dict[str, Any], train_dir: Path, output_dir: Path) -> list[Block]:
     """What was trained, how long, at what cost; the curve where there is one."""
+    names = report.get("names", {})
     facts = [
+        *([name.replace("_", " "), text] for name, text in names.items()),
+        ["folder", str(train_dir)],
         ["method", report["method"]],
         ["status", report["status"]],
         ["updates", f"{report['updates']:,} of {report['updates_planned']:,}"],
         ["time", format_seconds(report["seconds"])],
         ["tokens", f"{report['tokens']:,}, of them supervised {report['supervised_tokens']:,}"],
         ["tokens a second", f"{report['tokens_per_second'] or 0:,.0f}"],
-        ["cost", f"{report['cost']:.2f}"],
+        *([["cost", f"{report['cost']:.2f} yuan"]] if report["cost"] else []),  # 0 without PRICE_PER_HOUR
         ["devices", report["devices"]],
     ]
     blocks: list[Block] = [Heading("Training"), Table(["", ""], facts)]
@@ -99,15 +100,21 @@ def sample_blocks(scores: Sequence[Score]) -> list[Block]:
     for score in scores:
         key = score_key(score.before[0]) or ""
         rows = [
-            [
-                str(text)[:LONGEST_SAMPLE]
-                for text in (first["prompt"], first["gold"], first["predicted"], second["predicted"])
-            ]
+            [str(text)[:LONGEST_SAMPLE] for text in (first["prompt"], first["gold"], said(first), said(second))]
             + [f"{mark(first[key])} / {mark(second[key])}"]
             for first, second in samples(score.before, score.after, NUM_SAMPLES)
         ]
         blocks += [Heading(score.name, 3), Table(["asked", "gold", "before", "after", "score"], rows)]
     return blocks
+
+
+def said(record: dict[str, Any]) -> str:
+    """What the model answered; where a letter was wanted and none could be read, the text it wrote."""
+    text = str(record["predicted"]).strip()
+    if text:
+        return text
+    written = str(record.get("answer") or "").strip()
+    return f"nothing clear in: {written}" if written else "(empty)"
 
 
 def mark(score: bool | float) -> str:
@@ -145,5 +152,7 @@ def environment_blocks(report: dict[str, Any]) -> list[Block]:
     """Versions, commit and the run's identity."""
     rows = [[name, text] for name, text in report["versions"].items()]
     rows += [["git commit", str(report["git_commit"])], ["configuration file", str(report["config_file"])]]
-    rows += [[key.replace("_", " "), str(value)] for key, value in report["identity"].items()]
+    unused = ("lora_", "fp8_base") if report["method"].startswith("all parameters") else ()
+    settings = {key: value for key, value in report["identity"].items() if not key.startswith(unused)}
+    rows += [[key.replace("_", " "), str(value)] for key, value in settings.items()]
     return [Heading("Environment"), Table(["", ""], rows)]

@@ -11,6 +11,7 @@ from typing import Any
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
 NUM_RESAMPLES = 2000
 SIGNIFICANT = 0.05  # below this p a difference counts as one
+SMALLEST = 1e-9  # a smaller difference is none: BLEU without a common 4-gram is 1e-78 or 1e-155 and means 0
 
 
 def ratio(part: float, whole: float) -> float:
@@ -94,7 +95,7 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int 
 
     p counts the resamples on the other side of no difference; one is added to both counts, so it is never 0.
     """
-    differences = [a - b for a, b in zip(first, second, strict=True)]
+    differences = [a - b if abs(a - b) >= SMALLEST else 0.0 for a, b in zip(first, second, strict=True)]
     means = resampled_means(differences, seed)
     below, above = sum(value <= 0 for value in means), sum(value >= 0 for value in means)
     return {

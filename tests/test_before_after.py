@@ -11,6 +11,7 @@ from finetune.contamination import overlap
 from finetune.errors import UserError
 from finetune.page import Heading, Picture, Table, Text, html_page, markdown
 from finetune.paired_scores import by_domain, check_same_rows, difference, read_records, samples, verdict
+from finetune.report_blocks import environment_blocks, said, score_row
 from finetune.rows import Row, Turn
 
 
@@ -37,6 +38,33 @@ def test_differences_by_hand():
     scores = [i / 100 for i in range(30)]
     gain = difference("bleu", graded(scores), graded([score + 0.01 for score in scores]))
     assert gain.change == pytest.approx(0.01) and gain.test == "paired bootstrap" and verdict(gain) == "better"
+
+
+def test_a_difference_below_what_is_shown_is_none():
+    found = difference("BLEU", graded([1e-80] * 40), graded([0.0] * 40))
+    assert found.p == 1 and verdict(found) == "no difference beyond chance"
+    assert score_row(found, "bleu")[6] == "+0.0000"
+    slight = difference("BLEU", graded([0.00004] * 40), graded([0.00001] * 40))
+    assert score_row(slight, "bleu")[6] == "+0.0000", "no -0.0000"
+
+
+def test_an_answer_that_was_not_read_is_shown_as_written():
+    assert said({"predicted": "AB", "answer": "选AB"}) == "AB"
+    assert said({"predicted": "", "answer": "不知道\n"}) == "nothing clear in: 不知道"
+    assert said({"predicted": " "}) == "(empty)"
+
+
+def test_settings_of_adapters_are_not_told_of_full_training():
+    report = {"versions": {}, "git_commit": "a", "config_file": "b", "identity": {"lora_rank": 64, "seed": 1}}
+    for method, words in (("all parameters, one process", ["seed"]), ("QLoRA, 4-bit NF4 base", ["lora rank", "seed"])):
+        table = environment_blocks(report | {"method": method})[1]
+        assert [name for name, _ in table.rows][2:] == words
+
+
+def test_the_title_names_base_model_and_run(tmp_path):
+    report = {"config": {"model_name_or_path": "/models/Baichuan2-7B-Chat-native"}}
+    assert before_after.model_name(report, tmp_path / "output") == "Baichuan2-7B-Chat-native, output"
+    assert before_after.model_name({}, tmp_path / "output") == "output"
 
 
 def test_domains_are_adjusted_for_their_number():
@@ -97,6 +125,7 @@ def test_a_page_in_both_forms(tmp_path):
     assert text == ("# 标题 <1>\n\na & b\n\n| x | y |\n| --- | --- |\n| 1\\|2 | <b><br>3 |\n\n![curve](../a.png)\n")
     page = html_page(blocks)
     assert "<h1>标题 &lt;1&gt;</h1>" in page and "<p>a &amp; b</p>" in page and "<td>&lt;b&gt;\n3</td>" in page
+    assert '<td class="short">1|2</td>' in page and "overflow-wrap:anywhere" in page, "long words widen no column"
     assert 'src="data:image/png;base64,iVBORyBkYXRh"' in page
 
 
@@ -158,7 +187,7 @@ def test_the_page_of_a_model(run, tmp_path):
     assert "| task | 10 | 10.0 % |" in page and "0.00781 (McNemar) | better |" in page
     assert "| MMCU | 10 | 60.0 % |" in page and "1 (McNemar) | no difference beyond chance |" in page
     assert "| MMCU, 法律 | 9 |" in page and f"BLEU is left out: {missing}" in page
-    assert "| time | 1:02:05 |" in page and "| cost | 2.92 |" in page and "![training curve](loss.png)" in page
+    assert "| time | 1:02:05 |" in page and "| cost | 2.92 yuan |" in page and "![training curve](loss.png)" in page
     assert "| task | 10 | 1 | 0 |" in page, "the first question stands in the training file"
     html = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
     assert len(re.findall('src="data:image/png;base64,', html)) == 2 and 'src="' not in html.replace('src="data:', "")
@@ -166,5 +195,5 @@ def test_the_page_of_a_model(run, tmp_path):
 
 
 def test_a_page_without_scores_is_refused(run, tmp_path):
-    with pytest.raises(UserError, match="at least one test evaluated before and after, but task is left out"):
+    with pytest.raises(UserError, match="before and after, but task is left out.* Evaluate the base model"):
         run(["task", tmp_path / "a.jsonl", tmp_path / "b.jsonl"])

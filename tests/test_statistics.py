@@ -84,5 +84,7 @@ def test_paired_bootstrap_sees_a_constant_gain_and_no_other():
     assert better["bootstrap_p"] == pytest.approx(2 / 2001)
     same = paired_bootstrap(noisy, noisy)
     assert same["bootstrap_p"] == 1 and same["difference"] == 0
+    nothing = paired_bootstrap([0.0] * 50, [1e-78, 1e-155] * 25)  # BLEU of rows that share no 4-gram
+    assert nothing["bootstrap_p"] == 1 and nothing["difference"] == 0 and nothing["bootstrap_95"] == [0, 0]
     turned = paired_bootstrap(noisy, noisy[1:] + noisy[:1])
     assert turned["difference"] == pytest.approx(0) and turned["bootstrap_p"] > 0.5

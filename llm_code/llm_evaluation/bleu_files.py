@@ -125,5 +125,7 @@ def draw_scores(answers: Sequence[dict[str, Any]], scores: Sequence[float], path
         target = sum(len(answer["target"]) for answer in answers) / len(answers)
         axes.axvline(target, color="0.5", linestyle="--", label="mean length of the references")
         axes.set(xlabel="characters of the answer", ylabel="BLEU over characters")
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, max(0.01, 1.05 * max(scores)))  # 1e-78 is drawn as the 0 it means
         axes.grid(alpha=0.3)
         axes.legend()

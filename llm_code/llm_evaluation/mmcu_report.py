@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.pictures import find_cjk_font, picture
+from finetune.pictures import find_cjk_font, name_rows, picture
 from finetune.statistics import SIGNIFICANT
 from finetune.tables import markdown_table, percent, text_table
 from llm_code.llm_evaluation.mmcu_statistics import Record
@@ -136,8 +136,7 @@ def draw_report(metrics: dict[str, Any], path: Path) -> None:
         axes.barh(places, values, xerr=errors, color="tab:blue", alpha=0.7, ecolor="0.3", label="strict")
         others = [100 * official[name]["accuracy"]["value"] for name in names]
         axes.plot(others, places, "o", color="tab:orange", markersize=4, label="official")
-        # without a Chinese font the rows are numbered, in the order of the report
-        axes.set_yticks(places, names if font else [str(len(names) - place) for place in places])
+        name_rows(axes, names, font)
         axes.set(xlabel="accuracy, %", xlim=(0, 100))
         axes.grid(axis="x", alpha=0.3)
         axes.legend(loc="lower right")
