@@ -57,7 +57,7 @@ class Visitor:
 
     def __init__(self, browser, url, **options):
         self.errors, self.asked = [], []
-        self.url, self.context = url, browser.new_context(locale="zh-CN", accept_downloads=True, **options)
+        self.url, self.context = url, browser.new_context(**{"locale": "zh-CN", "accept_downloads": True} | options)
         self.context.set_default_timeout(60_000)
         self.page = self.open()
 
@@ -153,6 +153,17 @@ def test_a_streamed_answer_with_its_speed_and_nothing_from_outside(visitor, serv
     visitor.ask('<script>window.run = 1</script><img src="x" onerror="window.run = 2"> [x](javascript:window.run=3)')
     assert visitor.page.evaluate("window.run") is None, "what a model writes is shown, not run"
     assert {url.split("/")[2] for url in visitor.asked if url.startswith("http")} == {served[0].split("/")[2]}
+
+
+def test_gradios_own_buttons_are_chinese_in_any_browser(browser, served, service):
+    service.queue_full, service.delay = False, 0.001
+    visitor = Visitor(browser, served[0], locale="en-US")
+    visitor.ask("你好")
+    buttons = visitor.page.locator(f"{CHAT} button[title]")
+    titles = [buttons.nth(i).get_attribute("title") for i in range(buttons.count())]
+    assert {"复制", "编辑", "重试", "撤销", "赞", "踩", "清空对话"} == set(titles)
+    assert visitor.page.locator(".sidebar > .toggle-button").get_attribute("aria-label") == "对话记录"
+    visitor.context.close()
 
 
 def test_stop_reaches_the_service_and_what_was_said_stays(visitor, service, pictures):

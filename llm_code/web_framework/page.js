@@ -36,6 +36,7 @@
       return read(id);
     },
     last: () => {
+      document.querySelector(".sidebar > .toggle-button")?.setAttribute("aria-label", "对话记录");
       if (innerWidth >= 1280) document.querySelector(".sidebar:not(.open) > .toggle-button")?.click();
       const id = current() ?? (records()[0] || { id: "" }).id;
       return window.chats.open(id);

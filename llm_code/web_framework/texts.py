@@ -22,6 +22,20 @@ RECOMMENDED, RECOMMENDED_HINT = "使用模型推荐的采样设置", "取消后�
 TEMPERATURE, TEMPERATURE_HINT = "温度", "0 总是选最可能的词，越大越随机"
 TOP_P, TOP_P_HINT = "top_p", "只从累计概率达到该值的词里选"
 MAX_TOKENS, MAX_TOKENS_HINT = "回答的最大长度", "单位：词元"
+# What gradio itself says on this page: it has no Chinese for some of it, and follows the browser's language.
+GRADIO = {
+    "chatbot.copy_message": "复制",
+    "chatbot.copied_message": "已复制",
+    "chatbot.edit": "编辑",
+    "chatbot.submit": "发送",
+    "chatbot.cancel": "取消",
+    "chatbot.retry": "重试",
+    "chatbot.undo": "撤销",
+    "chatbot.like": "赞",
+    "chatbot.dislike": "踩",
+    "chatbot.clear": "清空对话",
+}
+
 THANKS = "谢谢您的反馈，已记录"
 
 USER, ASSISTANT, UNTITLED = "用户", "模型", "新对话"

@@ -57,8 +57,10 @@ def build_page(service: Any, feedback_file: Path) -> Any:
 
 def launch(page: Any, port: int) -> str:
     """Serve the page in a thread and return its address."""
+    import gradio as gr
     from starlette.middleware import Middleware
 
+    from llm_code.web_framework import texts
     from llm_code.web_framework.page import HEAD, theme
 
     page.queue(default_concurrency_limit=None, api_open=False)
@@ -74,6 +76,7 @@ def launch(page: Any, port: int) -> str:
         app_kwargs={"middleware": [Middleware(SecurityHeaders)]},
         theme=theme(),
         head=HEAD,
+        i18n=gr.I18n(**dict.fromkeys(("zh-CN", "zh-TW", "zh", "en"), texts.GRADIO)),
     )
     return url
 
