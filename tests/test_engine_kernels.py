@@ -57,6 +57,26 @@ def test_a_wrong_kernel_is_left_out():
     assert trials.problem("attend_decode", plain, plain) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flash_attention_is_no_candidate_where_it_knows_no_such_dtype(dtype, monkeypatch, caplog):
+    """So that a warning is left for a kernel that fails where it should not."""
+    tried = []
+    monkeypatch.setattr(Trials, "problem", lambda self, name, candidate, plain: tried.append(candidate))
+    gpu_operations.choose_operations(Decoder(model().to(dtype), CONTEXT))
+    assert (gpu_operations.flash_prefill in tried) == (dtype == torch.bfloat16)
+    assert gpu_operations.flash_decode in gpu_operations.candidates_for(torch.bfloat16)["attend_decode"]
+    assert not [record for record in caplog.records if "is not used" in record.message]
+
+
+def test_a_failing_kernel_is_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(Trials, "problem", lambda *_: "no such architecture")
+    assert not gpu_operations.choose_operations(Decoder(model(), CONTEXT)).chosen
+    noted = [r.levelname for r in caplog.records if "no such architecture" in r.message]
+    assert set(noted) <= {"WARNING"} and len(noted) == sum(
+        map(len, gpu_operations.candidates_for(torch.float32).values())
+    )
+
+
 @pytest.mark.gpu
 @NO_GPU
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -1,7 +1,8 @@
 """Operations for a GPU: Triton's and PyTorch's kernels, each where it agrees with the plain definition here and now.
 
-Every candidate runs once on random numbers of the model's shapes; one that fails to build, or differs by more than
-rounding, is left out with a notice. A decoding step can be captured once its attention needs nothing from the host.
+Every candidate made for the model's dtype runs once on random numbers of its shapes; one that fails to build, or
+differs by more than rounding, is left out with a warning. A decoding step can be captured once its attention needs
+nothing from the host.
 """
 
 import logging
@@ -15,6 +16,7 @@ from llm_code.module_interface.decoder import Decoder
 from llm_code.module_interface.operations import Operations, Segment
 
 log = logging.getLogger(__name__)
+HALVES = (torch.float16, torch.bfloat16)  # the dtypes that PyTorch's flash attention is made for
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the largest value
 
 
@@ -97,18 +99,8 @@ class GpuOperations(Operations):
 
 def choose_operations(decoder: Decoder) -> GpuOperations:
     """The fastest operations that agree with the plain ones on this machine and this model's shapes."""
-    operations, plain = GpuOperations(), Operations()
-    candidates: dict[str, list[Callable[..., Any]]] = {}
-    candidates |= {"attend_prefill": [flash_prefill], "attend_decode": [flash_decode]}
-    try:
-        from llm_code.module_interface import kernels
-    except ImportError as error:
-        log.warning("no Triton kernels: %s", error)
-    else:
-        candidates["attend_decode"].insert(0, kernels.attend_decode)
-        candidates |= {name: [getattr(kernels, name)] for name in ("add_norm", "gate", "rotate_and_store")}
-    trials = Trials(decoder)
-    for name, functions in candidates.items():
+    operations, plain, trials = GpuOperations(), Operations(), Trials(decoder)
+    for name, functions in candidates_for(decoder.dtype).items():
         for function in functions:
             if problem := trials.problem(name, function, getattr(plain, name)):
                 log.warning("%s.%s is not used: %s", function.__module__, function.__name__, problem)
@@ -116,6 +108,18 @@ def choose_operations(decoder: Decoder) -> GpuOperations:
             operations.use(name, function)
             break
     return operations
+
+
+def candidates_for(dtype: torch.dtype) -> dict[str, list[Callable[..., Any]]]:
+    """By operation, the kernels made for this dtype, the fastest first."""
+    flash = {"attend_prefill": [flash_prefill], "attend_decode": [flash_decode]} if dtype in HALVES else {}
+    try:
+        from llm_code.module_interface import kernels
+    except ImportError as error:
+        log.warning("no Triton kernels: %s", error)
+        return flash
+    names = ("attend_decode", "add_norm", "gate", "rotate_and_store")
+    return flash | {name: [getattr(kernels, name), *flash.get(name, ())] for name in names}
 
 
 class Trials:
