@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.answer_way import check_same_way, read_way
 from finetune.errors import UserError, run_main
 from finetune.page import Block, Heading, html_page, markdown
 from finetune.paired_scores import Score, check_same_rows, read_records
@@ -56,6 +57,7 @@ def read_scores(named: Sequence[Sequence[str]]) -> tuple[list[Score], list[str]]
             continue
         before, after = (read_records(Path(path)) for path in paths)
         check_same_rows(before, after, name)
+        check_same_way(*(read_way(Path(path)) for path in paths), name)
         scores.append(Score(name, before, after))
     if not scores:
         raise UserError(

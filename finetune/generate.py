@@ -15,6 +15,7 @@ from finetune.errors import UserError
 from finetune.shared_prefix import NOTHING_SHARED, SharedPrefix
 
 MAX_ROWS = 256
+UNFINISHED = "\ufffd"  # what a tokenizer decodes half a character to
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -127,7 +128,14 @@ def _settings(sampling: Sampling, max_new_tokens: int, stop_ids: list[int], pad_
 def decode_answer(tokenizer: Any, token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:
     """The text before the first end token."""
     end = next((i for i, token in enumerate(token_ids) if token in stop_ids), len(token_ids))
-    return tokenizer.decode(list(token_ids[:end]), skip_special_tokens=True)
+    text = tokenizer.decode(list(token_ids[:end]), skip_special_tokens=True)
+    if UNFINISHED not in text:
+        return text
+    from finetune.stream import TextAssembler  # which imports this file
+
+    # decoded at once, a half character makes sentencepiece's decoder give up the whole characters before it too
+    assembler = TextAssembler(tokenizer)
+    return "".join([*(assembler.add(token_id) for token_id in token_ids[:end]), assembler.rest()])
 
 
 @torch.inference_mode()

@@ -67,9 +67,11 @@ def draw_differences(entries: Sequence[Difference], path: Path) -> None:
             places = [i + shift for i in range(len(shown))]
             axes.errorbar(values, places, xerr=errors, fmt="o", color=colour, capsize=3, label=label)
         name_rows(axes, [entry.name for entry in shown], font)
-        axes.set(xlabel="BLEU, or share of right answers, with 95 % interval", xlim=(0, 1))
+        axes.set(
+            xlabel="BLEU, or share of right answers, with 95 % interval", xlim=(0, 1), ylim=(-0.5, len(shown) - 0.5)
+        )
         axes.grid(axis="x", alpha=0.3)
-        axes.legend()
+        figure.legend(loc="outside upper right", ncols=2)
 
 
 def training_blocks(report: dict[str, Any], train_dir: Path, output_dir: Path) -> list[Block]:

@@ -5,9 +5,7 @@ from typing import Any
 
 import torch
 
-from finetune.generate import GREEDY, Sampling, causal_model, stop_token_ids
-
-UNFINISHED = "\ufffd"  # what a tokenizer decodes half a character to
+from finetune.generate import GREEDY, UNFINISHED, Sampling, causal_model, stop_token_ids
 
 
 class TextAssembler:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from finetune import before_after, report
+from finetune.answer_way import read_way
 from finetune.contamination import overlap
 from finetune.errors import UserError
 from finetune.page import Heading, Picture, Table, Text, html_page, markdown
@@ -65,6 +66,23 @@ def test_the_title_names_base_model_and_run(tmp_path):
     report = {"config": {"model_name_or_path": "/models/Baichuan2-7B-Chat-native"}}
     assert before_after.model_name(report, tmp_path / "output") == "Baichuan2-7B-Chat-native, output"
     assert before_after.model_name({}, tmp_path / "output") == "output"
+
+
+def test_models_asked_in_two_ways_are_not_compared(run, tmp_path):
+    folders = [tmp_path / name for name in ("base", "tuned")]
+    for folder, answer in zip(folders, ("generate", "likelihood"), strict=True):
+        folder.mkdir()
+        write(folder / "answers.jsonl", graded([True] * 3))
+        (folder / "report.json").write_text(json.dumps({"config": {"answer": answer, "ntrain": 0}}))
+    paths = [folder / "answers.jsonl" for folder in folders]
+    with pytest.raises(UserError, match="MMCU: expected both models asked in one way, found answers written text and"):
+        run(["MMCU", *paths])
+    (folders[1] / "report.json").write_text(json.dumps({"config": {"answer": "service", "ntrain": 0}}))
+    assert "written" in run(["MMCU", *paths]).out
+    (tmp_path / "bleu.json").write_text(json.dumps({"generation": {"config": {"answer": "engine", "top_p": 1.0}}}))
+    assert read_way(tmp_path / "bleu.jsonl") == {"answers": "written text", "top_p": 1.0}
+    (tmp_path / "rows_metrics.json").write_text(json.dumps({"config": {"mode": "likelihood"}}))
+    assert read_way(tmp_path / "rows.jsonl") == {"answers": "likelihood"} and read_way(tmp_path / "no.jsonl") == {}
 
 
 def test_domains_are_adjusted_for_their_number():

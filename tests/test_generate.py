@@ -7,9 +7,17 @@ import pytest
 import torch
 
 from finetune.errors import UserError
-from finetune.generate import OutOfMemoryGuard, Sampling, generate_batches, generate_texts, plan_batches, stop_token_ids
+from finetune.generate import (
+    OutOfMemoryGuard,
+    Sampling,
+    decode_answer,
+    generate_batches,
+    generate_texts,
+    plan_batches,
+    stop_token_ids,
+)
 from finetune.label_scores import end_of_answer_id, label_log_likelihoods
-from finetune.models import load_for_inference
+from finetune.models import load_for_inference, load_tokenizer
 from finetune.stream import UNFINISHED, TextAssembler, stream_text
 
 NEW_TOKENS = 12
@@ -52,7 +60,7 @@ def plain_ids(loaded, prompts):
 
 @pytest.fixture(scope="module")
 def plain_texts(loaded, plain_ids):
-    texts = [loaded[1].decode(ids, skip_special_tokens=True) for ids in plain_ids]
+    texts = [loaded[1].decode(ids, skip_special_tokens=True).rstrip(UNFINISHED) for ids in plain_ids]
     assert len(set(texts)) > 10, "the prompts should have different answers"
     return texts
 
@@ -78,9 +86,9 @@ def test_an_answer_ends_before_the_checkpoint_end_token(loaded, prompts, plain_i
     model, tokenizer = loaded
     row, place = next((i, k) for i, ids in enumerate(plain_ids) for k in range(2, len(ids)) if ids[k] not in ids[:k])
     monkeypatch.setattr(model.generation_config, "eos_token_id", [plain_ids[row][place]])
-    expected = tokenizer.decode(plain_ids[row][:place], skip_special_tokens=True)
+    expected = tokenizer.decode(plain_ids[row][:place], skip_special_tokens=True).rstrip(UNFINISHED)
     assert list(generate_texts(model, tokenizer, [prompts[row]], NEW_TOKENS)) == [(0, expected)]
-    assert "".join(stream_text(model, tokenizer, prompts[row], NEW_TOKENS)) == expected.rstrip(UNFINISHED)
+    assert "".join(stream_text(model, tokenizer, prompts[row], NEW_TOKENS)) == expected
 
 
 def test_sampling_goes_on_with_the_same_draws(loaded, prompts):
@@ -164,7 +172,7 @@ def test_end_of_answer(loaded):
 
 def test_streamed_pieces_join_to_the_answer(loaded, prompts, plain_texts):
     for prompt, text in zip(prompts, plain_texts, strict=True):
-        assert "".join(stream_text(*loaded, prompt, NEW_TOKENS)) == text.rstrip(UNFINISHED)
+        assert "".join(stream_text(*loaded, prompt, NEW_TOKENS)) == text
 
 
 @pytest.mark.parametrize("text", ["你好，世界", "罕见字𠮷与😀👩‍👩‍👧 end", "plain words, and more", "  两 格 \n\n行"])
@@ -181,6 +189,14 @@ def test_an_unfinished_character_at_the_end_is_not_shown(loaded):
     ids = tokenizer("好😀", add_special_tokens=False)["input_ids"]
     assembler = TextAssembler(tokenizer)
     assert "".join(assembler.add(token) for token in ids[:-1]) + assembler.rest() == "好"
+
+
+def test_a_half_character_leaves_the_whole_ones_before_it(tiny_baichuan):
+    """Characters that a sentencepiece vocabulary lacks are bytes; decoded at once, one bad byte spoils all of them."""
+    tokenizer = load_tokenizer(tiny_baichuan)
+    ids = tokenizer("𠮷龘", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 7 and tokenizer.decode(ids[:-1]) == UNFINISHED * 6
+    assert decode_answer(tokenizer, ids[:-1], []) == "𠮷" and decode_answer(tokenizer, ids, []) == "𠮷龘"
 
 
 def test_a_closed_stream_stops_computing(loaded, prompts, monkeypatch):

@@ -186,6 +186,8 @@ def test_killed_and_restarted_gives_the_same_files(tiny_qwen, data, tmp_path, ru
     assert contents(cut) == contents(whole) and not partial.exists()
     report = report_of(cut)
     assert 0 < report["timing"]["questions_computed"] < report_of(whole)["timing"]["questions_computed"]
+    part, all_prompts = (report["timing"][key] for key in ("questions_computed", "questions"))
+    assert f"{part} of {all_prompts} prompts in" in (cut / "report.txt").read_text(encoding="utf-8")
     assert len(report["samples"]) == 20 and report["config"]["data"] == report_of(whole)["config"]["data"]
     for name in ("report.txt", "report.md"):
         assert "心理.xlsx, Sheet1: question 5 has no answer" in (cut / name).read_text(encoding="utf-8")

@@ -175,11 +175,9 @@ class Generation:
         sampling = Sampling(temperature=self.decoding.temperature, top_p=self.decoding.top_p)
         ids = self.model.ids(prompts)
         for group, num_shared in with_shared_tokens(prompts, batches, ids):
-            for pairs in generate_batches(
+            yield from generate_batches(
                 *self.model.loaded, ids, group, self.decoding.max_new_tokens, sampling, self.decoding.seed, num_shared
-            ):
-                # a character of which the token limit cut off the last bytes
-                yield [(number, text.rstrip("\ufffd")) for number, text in pairs]
+            )
 
 
 @dataclass

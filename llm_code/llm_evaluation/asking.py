@@ -66,6 +66,7 @@ def collect(
         countdown.advance(len(pairs))
     answers = dict(pair for pairs in partial.batches.values() for pair in pairs)
     timing = {
+        "questions": len(prompts),
         "questions_computed": countdown.done - countdown.first,
         "seconds": round(countdown.seconds, 3),
         "questions_per_second": round(countdown.rate, 3),

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from finetune.answer_way import check_same_way, read_way, way_of
 from finetune.errors import UserError, run_main
 from finetune.partial_results import canonical_json, config_hash, sha256_of
 from finetune.statistics import SIGNIFICANT, paired_bootstrap
@@ -58,6 +59,8 @@ def answer_questions(args: argparse.Namespace) -> None:
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     answerer, prompts = make_answerer(args, decoding), [Prompt(question.input) for question in questions]
     config = {"test_file": sha256_of(args.test_file), "limit": args.limit} | answerer.identity(prompts)
+    if args.compare_with:
+        check_same_way(way_of(config), read_way(Path(args.compare_with)), f"--compare_with {args.compare_with}")
     record = args.input_file.with_name(args.input_file.name + ".json")
     if is_answered(args.input_file, record, config):
         return print(f"already answered: {args.input_file}")

@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from finetune.answer_way import check_same_way, read_way, way_of
 from finetune.errors import UserError, run_main
 from finetune.partial_results import canonical_json, config_hash
 from finetune.text_files import write_aside
@@ -133,13 +134,15 @@ def main() -> None:
     questions = stratified(questions, args.limit)
     prompts = make_prompts(questions, read_shots(data_dir, args.ntrain))
     answerer = make_answerer(args, Decoding(args.max_new_tokens), SUBSETS)
-    if args.compare_with:
-        read_answers(args.compare_with)  # a wrong name is told before the hour of work
 
     from finetune.report import git_commit
 
     config = {"data": data_hash(data_dir), "ntrain": args.ntrain, "limit": args.limit}
     config |= answerer.identity([p for mode in MODES for p in prompts[mode]])
+    if args.compare_with:  # what is wrong with it is told before the hour of work
+        read_answers(args.compare_with)
+        other = Path(args.compare_with) / "answers.jsonl"
+        check_same_way(way_of(config), read_way(other), f"--compare_with {args.compare_with}")
     done = finished_report(args.save_dir, config)
     if done:
         print(f"already done: {args.save_dir}")

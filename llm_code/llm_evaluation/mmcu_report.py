@@ -83,12 +83,14 @@ def run_lines(metrics: dict[str, Any]) -> list[str]:
     """What was asked of what, so that the figures can be made again."""
     config, timing = metrics["config"], metrics["timing"]
     total, speed = metrics["strict"]["overall"]["accuracy"]["total"], timing["questions_per_second"]
+    computed, all_prompts = timing["questions_computed"], timing.get("questions", 0)
+    asked = f"{computed:,} of {all_prompts:,}" if computed < all_prompts else f"{computed:,}"  # after an interruption
     lines = [
         f"model {metrics['model']} ({config.get('model')})",
         f"answers by {config['answer']}, {config['ntrain']} worked examples, {total:,} questions",
         f"data {config['data']}, prompts {config['prompts']}",
         f"code {metrics['git_commit']}, configuration {metrics['config_hash']}",
-        f"{timing['questions_computed']:,} prompts in {timing['seconds']:.1f} s, {speed:.1f} a second",
+        f"{asked} prompts in {timing['seconds']:.1f} s, {speed:.1f} a second",
     ]
     return lines + metrics["remarks"]
 
