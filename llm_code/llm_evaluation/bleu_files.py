@@ -121,7 +121,7 @@ def draw_scores(answers: Sequence[dict[str, Any]], scores: Sequence[float], path
     """Score against the length of the answer, with the mean length of the references."""
     with picture(path, (6, 4)) as figure:
         axes = figure.add_subplot()
-        axes.plot([len(answer["predict"]) for answer in answers], scores, ".", alpha=0.5)
+        axes.plot([len(answer["predict"]) for answer in answers], scores, ".", alpha=0.5, clip_on=False)
         target = sum(len(answer["target"]) for answer in answers) / len(answers)
         axes.axvline(target, color="0.5", linestyle="--", label="mean length of the references")
         axes.set(xlabel="characters of the answer", ylabel="BLEU over characters")
