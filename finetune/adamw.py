@@ -13,7 +13,7 @@ def fused_adamw(arguments: Arguments) -> tuple[type, dict[str, Any]]:
     """transformers' optimizer_cls_and_kwargs: all parameters in a few kernels.
 
     bitsandbytes' paged form does the same arithmetic in one call per matrix, 560 of them for a 14B, and waits for the
-    card at the end (benchmarks/results/README.md has both times). What it pages is 2 GiB at rank 64.
+    card at the end (benchmarks/results/h100-80g/README.md has both times). What it pages is 2 GiB at rank 64.
     """
     import torch
 

@@ -1,5 +1,6 @@
 """transformers' Trainer with checkpoints that are written aside and published whole (finetune.saving)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,7 +50,7 @@ class RunPlan:
     eval_samples: "list[Sample]" = field(default_factory=list)
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(Trainer, ABC):
     """The part of the trainer that writes and reads checkpoints; `plan` and `progress` are set by the subclass."""
 
     plan: RunPlan
@@ -180,5 +181,6 @@ class CheckpointingTrainer(Trainer):
         if self.args.world_size > 1:
             dist.barrier()
 
+    @abstractmethod
     def _say(self, text: str) -> None:
-        raise NotImplementedError
+        """Print a line on the first rank."""

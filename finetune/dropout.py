@@ -1,10 +1,9 @@
 """Dropout as a function of a seed: the backward pass draws the forward pass's mask again instead of keeping it."""
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from finetune.optional import kernels
 
 LEVELS = 1 << 16  # a rate is rounded to a multiple of 1/LEVELS: 16 random bits decide about an element
 
@@ -23,18 +22,8 @@ def dropout(x: Tensor, rate: float, seed: int) -> Tensor:
     if not dropped:
         return x
     factor = LEVELS / (LEVELS - dropped)
-    if x.is_cuda and x.is_contiguous() and (kernel := _kernel()):
-        return kernel(x, dropped, factor, seed)
+    if x.is_cuda and x.is_contiguous() and (triton := kernels()):
+        return triton.seeded_dropout(x, dropped, factor, seed)
     generator = torch.Generator(device=x.device).manual_seed(seed)
     bits = torch.randint(LEVELS, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return x * (bits >= dropped) * factor
-
-
-@lru_cache(maxsize=1)
-def _kernel() -> Any:
-    """The Triton kernel, or None where triton is not installed."""
-    try:
-        from finetune.kernels import seeded_dropout
-    except ImportError:
-        return None
-    return seeded_dropout

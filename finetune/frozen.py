@@ -5,8 +5,6 @@ the other factor (tokens) have a scale each. On an H100 such a product runs at 1
 745 (T = 8,192); its result is off by 3.7 % in norm, 2.6 % of it from rounding the weight, unbiased over elements.
 """
 
-import importlib.util
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from finetune.errors import UserError
 from finetune.nf4 import dense_weight, is_4bit
+from finetune.optional import kernels
 
 FP8_LARGEST = 448.0  # of float8_e4m3
 
@@ -37,7 +36,8 @@ class Frozen:
         """Whether finetune.kernels can read the weight: one pass instead of bitsandbytes' two and their Python."""
         state = self.base.weight.quant_state if is_4bit(self.base) and self.base.weight.is_cuda else None
         is_nf4 = state is not None and state.quant_type == "nf4" and state.nested and state.blocksize == 64
-        return is_nf4 and state.state2.blocksize == 256 and not any(n % 64 for n in state.shape) and _has_triton()
+        is_even = is_nf4 and state.state2.blocksize == 256 and not any(size % 64 for size in state.shape)
+        return is_even and kernels() is not None
 
     def _fp8_scale(self) -> float:
         """What the largest weight is divided by to become FP8_LARGEST."""
@@ -52,7 +52,7 @@ class Frozen:
         bias = None if self.base.bias is None else self.base.bias.to(x_TI.dtype)
         if self.scale is not None:
             if "x" not in shared:
-                shared["x"] = quantize_rows(x_TI)
+                shared["x"] = kernels().rows_to_fp8(x_TI)
             return self._fp8_product(*shared["x"], transposed=False).addmm_(low_TR, b_OR.T)
         # The small product first: the large one then adds to it in 32 bits.
         output_TO = low_TR @ b_OR.T if bias is None else torch.addmm(bias, low_TR, b_OR.T)
@@ -61,36 +61,20 @@ class Frozen:
     def add_input_gradient(self, total_TI: Tensor, grad_TO: Tensor) -> Tensor:
         """total + grad W, in place."""
         if self.scale is not None:
-            return total_TI.add_(self._fp8_product(*quantize_rows(grad_TO), transposed=True))
+            return total_TI.add_(self._fp8_product(*kernels().rows_to_fp8(grad_TO), transposed=True))
         return total_TI.addmm_(grad_TO, self._dense(grad_TO.dtype))
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
         """(O, I) in 16 or 32 bits."""
         if not self.has_kernel:
             return dense_weight(self.base, dtype)
-        from finetune.kernels import nf4_to_dense
-
-        return nf4_to_dense(self.base.weight, dtype)
+        return kernels().nf4_to_dense(self.base.weight, dtype)
 
     def _fp8_product(self, left: Tensor, scales_T1: Tensor, transposed: bool) -> Tensor:
         """left W^T + bias, or for `transposed` left W, in bfloat16."""
-        from finetune.kernels import nf4_to_dense
-
-        weight = nf4_to_dense(self.base.weight, torch.float8_e4m3fn, self.scale, transposed)
+        weight = kernels().nf4_to_dense(self.base.weight, torch.float8_e4m3fn, self.scale, transposed)
         scales_1N = scales_T1.new_full((1, len(weight)), self.scale)
         bias = None if transposed or self.base.bias is None else self.base.bias.to(torch.bfloat16)
         return torch._scaled_mm(
             left, weight.T, scales_T1, scales_1N, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def quantize_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """(float8_e4m3 (T, I), scales (T, 1)): x is about their product."""
-    from finetune.kernels import rows_to_fp8
-
-    return rows_to_fp8(x_TI)

@@ -13,7 +13,6 @@ Dimensions: T = tokens, N = supervised tokens, C = rows of a chunk, V = vocabula
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from finetune.batching import IGNORE_INDEX
 from finetune.errors import UserError
+from finetune.optional import kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,7 @@ def _head_forward(self: nn.Linear, hidden: Tensor, targets_N: Tensor | None = No
         return self._forward_all(hidden)
     # ZeRO-3 takes the weight away between forward and backward pass: there all is computed in the forward pass.
     is_partitioned = hasattr(self.weight, "ds_id")
-    if self._normalize and hidden.is_cuda and not is_partitioned and _cross_entropy_kernel():
+    if self._normalize and hidden.is_cuda and not is_partitioned and kernels():
         return summed_cross_entropy(hidden, UnitRows.apply(self.weight), targets_N, self._chunk_rows)
     return summed_cross_entropy(hidden, self.weight, targets_N, self._chunk_rows, self._normalize)
 
@@ -109,9 +109,7 @@ class UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_VH: Tensor) -> Tensor:
         """(V, H); beside the weight only V inverse norms are kept."""
-        from finetune.kernels import unit_rows
-
-        unit_VH, scale_V = unit_rows(weight_VH, SMALLEST_NORM)
+        unit_VH, scale_V = kernels().unit_rows(weight_VH, SMALLEST_NORM)
         ctx.save_for_backward(weight_VH, scale_V)
         return unit_VH
 
@@ -119,20 +117,8 @@ class UnitRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_VH: Tensor) -> Tensor:
         """Takes the place of the incoming gradient, the largest tensor of the pass: the loss alone made it."""
-        from finetune.kernels import through_unit_rows_
-
         weight_VH, scale_V = ctx.saved_tensors
-        return through_unit_rows_(grad_VH.contiguous(), weight_VH, scale_V, 1 / SMALLEST_NORM)
-
-
-@lru_cache(maxsize=1)
-def _cross_entropy_kernel() -> Any:
-    """The Triton kernel, or None where triton is not installed."""
-    try:
-        from finetune.kernels import cross_entropy_
-    except ImportError:
-        return None
-    return cross_entropy_
+        return kernels().through_unit_rows_(grad_VH.contiguous(), weight_VH, scale_V, 1 / SMALLEST_NORM)
 
 
 def summed_cross_entropy(
@@ -177,8 +163,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for hidden_CH, targets_C, result_CH in zip(*parts, strict=True):
             hidden_CH = hidden_CH.to(dtype)
             logits_CV = hidden_CH @ weight.T
-            if scale_V1 is None and logits_CV.is_cuda and (kernel := _cross_entropy_kernel()):
-                chunk_loss, grad_CV = kernel(logits_CV, targets_C)
+            if scale_V1 is None and logits_CV.is_cuda and (triton := kernels()):
+                chunk_loss, grad_CV = triton.cross_entropy_(logits_CV, targets_C)
             else:
                 logits_CV = logits_CV.float() if scale_V1 is None else logits_CV.float().mul_(scale_V1.T)
                 chunk_loss, grad_CV = _cross_entropy_(logits_CV, targets_C)

@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"cards: {gpus} x {gpu.name} ({origin}), {gpu.memory_gib:.0f} GiB, {gpu.peak_tflops:.0f} TFLOP/s each")
     print(
         f"rows: {work.rows:,} of about {work.tokens:.0f} tokens, {work.epochs:g} epochs, {work.rows_per_update} rows "
-        f"an update: {work.updates:,} updates, {work.updates * work.tokens_per_update / 1e6:.1f} M tokens"
+        f"an update: {work.updates:,} updates, {work.tokens_in_all / 1e6:.1f} M tokens"
     )
     if price:
         print(f"price: {price:g} an hour for {gpus} card{'s' if gpus > 1 else ''} (PRICE_PER_HOUR)")

@@ -34,6 +34,11 @@ class Workload:
         return math.ceil(self.epochs * math.ceil(self.rows / self.rows_per_update))
 
     @property
+    def tokens_in_all(self) -> float:
+        """Trained tokens: an epoch's last update may be smaller than the others."""
+        return self.epochs * self.rows * self.tokens
+
+    @property
     def tokens_per_update(self) -> float:
         """Trained tokens of a full update."""
         return self.tokens * min(self.rows, self.rows_per_update)
@@ -62,7 +67,7 @@ def qlora_option(shape: Shape, gpu: Gpu, gpus: int, rank: int, work: Workload, f
     shown = budget or Budget(work.longest_row, 0)
     speed = qlora_tokens_per_second(shape, rank, gpu, filled(shown, work.tokens_per_update / gpus), fp8) * gpus
     parts = qlora_memory(shape, rank, shown.tokens, shown.layers_kept, gpus=gpus)
-    return Option("qlora", gpus, parts, budget, work.updates * work.tokens_per_update / speed)
+    return Option("qlora", gpus, parts, budget, work.tokens_in_all / speed)
 
 
 def full_option(shape: Shape, gpu: Gpu, gpus: int, stage: str, work: Workload) -> Option:
@@ -70,7 +75,8 @@ def full_option(shape: Shape, gpu: Gpu, gpus: int, stage: str, work: Workload) -
     budget = choose_full_budget(shape, stage, gpu, gpus, usable_bytes(gpu), work.longest_row, work.tokens_per_update)
     shown = budget or Budget(work.longest_row, 0)
     parts = full_memory(shape, stage, gpus, shown.tokens, shown.layers_kept)
-    seconds = work.updates * full_update_seconds(shape, gpu, shown, stage, gpus, work.tokens_per_update)
+    updates = work.tokens_in_all / work.tokens_per_update
+    seconds = updates * full_update_seconds(shape, gpu, shown, stage, gpus, work.tokens_per_update)
     return Option(stage, gpus, parts, budget, seconds, host_memory(shape, stage))
 
 

@@ -86,6 +86,10 @@ def explain_choices(arguments: Arguments, dtype: str) -> None:
         say(f"note: {optimizer} is not paged: its state is in the plan below. One fused kernel, the same update")
     elif optimizer.startswith("paged_") and is_cpu:
         say(f"note: {optimizer} pages nothing on a CPU: its state is in main memory, the update is the same")
+    if arguments.train.memory_limit_gib and is_cpu:
+        say("note: memory_limit_gib concerns cards: this is a CPU")
+    if arguments.lora.fp8_base:
+        say("note: fp8_base trades loss for speed (benchmarks/results/h100-80g/README.md says how much)")
     if arguments.train.fp16 and dtype != "float16":
         say(f"note: fp16 is true, {dtype} is used: {'this is a CPU' if is_cpu else 'the card has it'}")
 

@@ -131,7 +131,6 @@ class SharedInput:
         matrices = [member.lora_A[name].weight for member, name in pairs]
         group = Group(
             frozen,
-            [len(matrix) for matrix in matrices],
             [member.scaling[name] for member, name in pairs],
             drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0,
         )
@@ -157,7 +156,6 @@ class Group:
     """What the projections of one input are multiplied with, besides their LoRA matrices."""
 
     frozen: Sequence[Frozen]
-    ranks: Sequence[int]
     scalings: Sequence[float]
     dropout: float
 
@@ -176,8 +174,8 @@ class Projections(torch.autograd.Function):
         ctx.seed = draw_seed() if group.dropout else 0
         a_SI = _stacked(matrices[:count], group, x.dtype)
         low_TS = dropout(x_TI, group.dropout, ctx.seed) @ a_SI.T
-        shared, outputs = {}, []
-        for frozen, low_TR, b_OR in zip(group.frozen, _parts(low_TS, group), matrices[count:], strict=True):
+        shared, outputs, lows = {}, [], _parts(low_TS, matrices[:count], 1)
+        for frozen, low_TR, b_OR in zip(group.frozen, lows, matrices[count:], strict=True):
             output_TO = frozen.forward(x_TI, low_TR, b_OR.to(x.dtype), shared)
             outputs.append(output_TO.view(*x.shape[:-1], -1))
         ctx.save_for_backward(*sources, low_TS, *matrices)
@@ -194,10 +192,10 @@ class Projections(torch.autograd.Function):
         b_list = matrices[count:]
         grads_TO = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
         grad_low_TS = torch.cat([grad @ b_OR.to(dtype) for grad, b_OR in zip(grads_TO, b_list, strict=True)], 1)
-        lows = _parts(low_TS, group)
+        lows = _parts(low_TS, matrices[:count], 1)
         grads_b = [(grad.T @ low).to(b.dtype) for grad, low, b in zip(grads_TO, lows, b_list, strict=True)]
         grad_a_SI = (grad_low_TS.T @ dropout(x_TI, group.dropout, ctx.seed)).to(matrices[0].dtype)
-        grads_a = [part * s for part, s in zip(grad_a_SI.split(group.ranks), group.scalings, strict=True)]
+        grads_a = [part * s for part, s in zip(_parts(grad_a_SI, matrices[:count], 0), group.scalings, strict=True)]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_TI = grad_low_TS @ _stacked(matrices[:count], group, dtype)
@@ -208,9 +206,9 @@ class Projections(torch.autograd.Function):
         return grad_x, None, *grads_a, *grads_b
 
 
-def _parts(low_TS: Tensor, group: Group) -> tuple[Tensor, ...]:
-    """(T, R) of every projection."""
-    return low_TS.split(group.ranks, 1) if len(group.ranks) > 1 else (low_TS,)
+def _parts(whole: Tensor, a_list: Sequence[Tensor], dim: int) -> tuple[Tensor, ...]:
+    """What belongs to each A (R, I): `whole` cut by their ranks along `dim`."""
+    return whole.split([len(a_RI) for a_RI in a_list], dim)
 
 
 def _stacked(matrices: Sequence[Tensor], group: Group, dtype: torch.dtype) -> Tensor:

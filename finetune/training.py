@@ -41,6 +41,7 @@ class Run:
     room: Room
     budget: Budget
     last_update: int
+    filled: Budget | None = None  # the budget as the micro-batches fill it, known with the trainer
 
     @property
     def output_dir(self) -> Path:
@@ -116,6 +117,7 @@ def _train(arguments: Arguments, method: Method, identity: dict[str, Any], names
     run = Run(arguments, method, identity, names, tokenizer, samples, room, budget, last_update)
     optimizer = method.optimizer(arguments, getattr(torch, dtype))
     trainer = _build_trainer(run, args, model, evaluation, optimizer)
+    run = replace(run, filled=_filled_budget(run, trainer))
     _print_plan(run, trainer)
     return _run(run, trainer)
 
@@ -188,7 +190,8 @@ def _print_plan(run: Run, trainer: "UpdateTrainer") -> None:
     from finetune.progress import clock, decoded_sample, size_text
 
     data, room, rows = trainer.train_dataset, run.room, len(run.samples)
-    tokens = run.last_update * room.tokens_per_update
+    epochs, rest = divmod(run.last_update, len(data))
+    tokens = epochs * sum(data.lengths) + rest * room.tokens_per_update  # an epoch's last update may be smaller
     mean, supervised = sum(data.lengths) / rows, sum(data.supervised) / sum(data.lengths)
     updates = f"{run.last_update:,} updates of {trainer.plan.rows_per_update} rows, {tokens:,.0f} tokens"
     say(f"plan: {rows:,} rows of {mean:.0f} tokens on average ({supervised:.0%} supervised), {updates}")
@@ -197,9 +200,9 @@ def _print_plan(run: Run, trainer: "UpdateTrainer") -> None:
         say(f"  note: {warmup} warmup_steps are as many as there are updates or more: {rate:g} is never reached")
     say(f"  trained: {room.trainable:,} parameters of {room.shape.parameters:,} ({run.method.name})")
     kept = f"{run.budget.layers_kept} of {room.shape.layers} layers not recomputed"
-    filled = f"the largest has {_filled_budget(run, trainer).tokens:,}"
+    filled = f"the largest has {run.filled.tokens:,}"
     say(f"  micro-batches: at most {run.budget.tokens:,} tokens, {filled}, {kept}")
-    parts = run.method.predict_memory(room, _filled_budget(run, trainer))
+    parts = run.method.predict_memory(room, run.filled)
     listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
     where = room.gpu.name if room.gpu else "besides the program's own"
     say(f"  memory: about {size_text(total(parts))} of {size_text(room.memory_bytes)}, {where} ({listed})")
@@ -255,11 +258,11 @@ def _write_report(run: Run, trainer: "UpdateTrainer", status: str) -> None:
         "method": run.method.name,
         **report.run_numbers(trainer.progress, trainer.meter, trainer.state.global_step, run.last_update),
         "predicted": {
-            "peak_memory_gib": round(predicted_peak(run.method, run.room, _filled_budget(run, trainer)) / GIB, 2),
+            "peak_memory_gib": round(predicted_peak(run.method, run.room, run.filled) / GIB, 2),
             "tokens_per_second": _estimated_speed(run),
         },
         "token_budget": trainer.token_budget,
-        "largest_micro_batch": _filled_budget(run, trainer).tokens,
+        "largest_micro_batch": run.filled.tokens,
         "layers_not_recomputed": run.budget.layers_kept,
         "devices": f"{run.room.world_size} x {device}",
         "identity": run.identity,

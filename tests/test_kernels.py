@@ -86,7 +86,7 @@ class TestOnGpu:
         b = [torch.randn(layer.out_features, 8, device="cuda").requires_grad_() for layer in layers]
         results = []
         for fp8 in (False, True):
-            group = Group([Frozen(layer, fp8) for layer in layers], [8, 8], [0.1, 0.2], 0.1)
+            group = Group([Frozen(layer, fp8) for layer in layers], [0.1, 0.2], 0.1)
             assert all((frozen.scale is not None) == fp8 for frozen in group.frozen)
             torch.manual_seed(1)
             outputs = Projections.apply(x, group, *a, *b)

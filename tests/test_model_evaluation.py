@@ -208,6 +208,11 @@ def test_killed_and_restarted_gives_the_same_files(tiny_qwen, questions, tmp_pat
     assert not cut.partial.exists()
     assert len(read_records(cut.jsonl)) == ROWS
 
+    expected["config"]["mode"] = "likelihood"
+    whole.metrics.write_text(json.dumps(expected), encoding="utf-8")
+    with pytest.raises(UserError, match="expected both models asked in one way"):
+        run(tiny_qwen, questions, cut.csv, *options, "--compare_with", str(whole.jsonl))
+
     before = cut.csv.stat().st_mtime_ns
     again = run(tiny_qwen, questions, cut.csv, *options)
     assert again.out.startswith("already done") and "accuracy" in again.out

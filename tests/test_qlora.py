@@ -62,7 +62,7 @@ def test_trainable_parameters_are_the_adapters_in_float32(checkpoint):
 
 def projected(x, a, b, base, scaling, rate):
     """One projection with its LoRA, by the fused function."""
-    (output,) = Projections.apply(x, Group([Frozen(base)], [len(a)], [scaling], rate), a, b)
+    (output,) = Projections.apply(x, Group([Frozen(base)], [scaling], rate), a, b)
     return output
 
 
@@ -162,7 +162,7 @@ def test_projections_of_one_input_equal_the_formula_each():
     b = [torch.randn(base.out_features, len(one), requires_grad=True) for base, one in zip(bases, a, strict=True)]
     scalings = (0.5, 1.0, 2.0)
     expected = [base(x) + s * x @ p.T @ q.T for base, s, p, q in zip(bases, scalings, a, b, strict=True)]
-    group = Group([Frozen(base) for base in bases], [4, 2, 3], scalings, 0.0)
+    group = Group([Frozen(base) for base in bases], scalings, 0.0)
     outputs = Projections.apply(x, group, *a, *b)
     for output, want in zip(outputs, expected, strict=True):
         torch.testing.assert_close(output, want, rtol=1e-5, atol=1e-5)
@@ -320,7 +320,7 @@ def test_emulated_fp8_is_off_by_what_the_format_rounds():
     x, a, b = torch.randn(64, 256, requires_grad=True), torch.randn(8, 256), torch.zeros(192, 8)
     results = []
     for kind in (Frozen, EmulatedFrozen):
-        (output,) = Projections.apply(x, Group([kind(base)], [8], [1.0], 0.0), a, b)
+        (output,) = Projections.apply(x, Group([kind(base)], [1.0], 0.0), a, b)
         results.append([output, *torch.autograd.grad(output.square().sum(), [x])])
     for exact, rounded in zip(*results, strict=True):
         # Three bits behind the point: 2^-4 at most and about 2.6 % in norm for each factor.

@@ -33,7 +33,7 @@ def trained_in_full(model):
 @pytest.mark.parametrize("recomputed", [0, 1])
 @pytest.mark.parametrize("prepare", [trained_by_lora, trained_in_full])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_loss_and_gradients_are_the_same_to_the_bit(family, prepare, recomputed):
+def test_loss_is_the_same_to_the_bit_and_gradients_within_rounding(family, prepare, recomputed):
     results = []
     for attached in (False, True):
         torch.manual_seed(1)
@@ -70,10 +70,9 @@ def test_inputs_of_projections_are_not_kept():
     model = trained_in_full(tiny_native("llama"))
     plain = copy.deepcopy(model)
     attach_recipes(model)
-    tokens, layers, hidden, feed_forward = sum(LENGTHS), 2, 64, 96
+    tokens, layers, feed_forward = sum(LENGTHS), 2, 96
     # PyTorch's own norm keeps its result (the weight multiplies it), so here only SwiGLU's product is saved.
     assert kept_bytes(plain) - kept_bytes(model) >= 4 * tokens * layers * feed_forward
-    assert hidden
 
 
 def test_a_tensor_without_a_recipe_is_kept_itself():

@@ -154,6 +154,7 @@ def test_retry_after_is_kept_and_patience_ends():
         ('data: {"choices": [{"delta": {"content": "a"}, "finish_reason": null}]}\n\n', "broke off"),
         ('data: {"error": {"message": "no memory"}}\n\ndata: [DONE]\n\n', "no memory"),
         ("", "broke off"),
+        ('data: {"choices": [{\n\n', "no JSON in the stream"),
     ],
 )
 def test_streams_that_end_badly_are_no_answers(events, message):

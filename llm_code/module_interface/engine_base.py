@@ -1,5 +1,6 @@
 """What every engine does alike: chat format, token texts, and answers on top of `submit`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from llm_code.module_interface.requests import LiveRequest
 from llm_code.module_interface.tokens import TokenTexts
 
 
-class EngineBase:
+class EngineBase(ABC):
     """Half of interface.Engine: a subclass adds submit, limits, stats and close."""
 
     limits: EngineLimits
@@ -19,11 +20,11 @@ class EngineBase:
         self.tokenizer, self.model_name, self.defaults = tokenizer, model_name, defaults
         self.texts = TokenTexts(tokenizer)
 
+    @abstractmethod
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams, on_event: Callable[[Event], None] | None = None
     ) -> LiveRequest:
         """See interface.Engine."""
-        raise NotImplementedError
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """See interface.Engine."""

@@ -1,7 +1,6 @@
 """A small client of the service: answers streamed, retried as Retry-After says, errors in plain words."""
 
 import asyncio
-import json
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -11,6 +10,7 @@ from typing import Any
 import httpx
 
 from finetune.errors import UserError
+from llm_code.service.event_stream import BrokenOff, chunks
 
 RETRIED = (408, 429, 502, 503)
 CONNECT_SECONDS, SILENCE_SECONDS = 5.0, 300.0  # a queued answer is silent for long; SSE comments end the silence
@@ -75,17 +75,15 @@ class Client:
 async def _pieces(response: httpx.Response) -> AsyncIterator[str]:
     """The texts in a stream of events. Raises Refused for an error event and for an end without a finish_reason."""
     finished = False
-    async for line in response.aiter_lines():
-        data = line.removeprefix("data: ")
-        if data == line or data == "[DONE]":
-            continue
-        event = json.loads(data)
-        if "error" in event:
-            raise Refused(event["error"]["message"])
-        for choice in event["choices"]:
-            finished = finished or choice["finish_reason"] is not None
-            if text := choice["delta"].get("content"):
-                yield text
+    try:
+        async with aclosing(chunks(response)) as events:
+            async for event in events:
+                for choice in event["choices"]:
+                    finished = finished or choice["finish_reason"] is not None
+                    if text := choice["delta"].get("content"):
+                        yield text
+    except BrokenOff as error:
+        raise Refused(str(error)) from error
     if not finished:
         raise Refused("the answer broke off")
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from contextlib import aclosing
@@ -34,7 +35,7 @@ class Host(Protocol):
     encoder: Executor
 
 
-class Run:
+class Run(ABC):
     """What chat and text completion have in common. Its events may be read once.
 
     `key` says whose request it is. Raises ApiError, or the engine's errors, while its events are read.
@@ -58,11 +59,13 @@ class Run:
     def num_answers(self) -> int:
         return self.choices_per_prompt
 
+    @abstractmethod
     def encode_prompts(self) -> list[list[int]]:
-        raise NotImplementedError
+        """Ids of every prompt."""
 
+    @abstractmethod
     def max_tokens(self) -> int | None:
-        raise NotImplementedError
+        """The request's limit, None where it names none."""
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """(choice, event) of all choices, in the order in which they come."""

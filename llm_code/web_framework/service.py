@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from llm_code.service.event_stream import BrokenOff, chunks
 from llm_code.web_framework import texts
 
 Message = dict[str, str]
@@ -22,10 +23,6 @@ class Refused(Exception):
     def __init__(self, text: str, code: str | None = None) -> None:
         super().__init__(text)
         self.code = code
-
-
-class BrokenOff(Exception):
-    """The answer ended before its end; what came until then stands."""
 
 
 @dataclass
@@ -103,23 +100,6 @@ class Service:
             raise failure(progress, "the stream ended early")
         if not progress.text:
             raise Refused(texts.EMPTY)
-
-
-async def chunks(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The events of a stream up to [DONE]. Raises BrokenOff for an error in the middle of it."""
-    async for line in answer.aiter_lines():
-        name, _, data = line.partition(":")
-        if name != "data":  # comments keep the connection alive
-            continue
-        if data.strip() == "[DONE]":
-            return
-        try:
-            chunk = json.loads(data)
-        except ValueError as error:
-            raise BrokenOff(f"no JSON in the stream: {data[:80]}") from error
-        if problem := chunk.get("error"):
-            raise BrokenOff(problem["message"] if isinstance(problem, dict) else str(problem))
-        yield chunk
 
 
 def failure(progress: Progress, message: str) -> Exception:

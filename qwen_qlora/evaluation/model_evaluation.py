@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from finetune.answer_way import check_same_way, read_way, way_of
 from finetune.countdown import Countdown
 from finetune.errors import run_main
 from finetune.identity import adapter_fingerprint, check_adapter, fingerprint
@@ -193,6 +194,8 @@ def main() -> None:
     prompts = [encode_prompt(tokenizer, list(case.messages)) for case in cases]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = run_config(args, prompts, args.token_budget or default_token_budget(device), default_dtype())
+    if args.compare_with:
+        check_same_way(way_of(config), read_way(Path(args.compare_with)), f"--compare_with {args.compare_with}")
     done = read_metrics(files)
     if done and canonical_json(done["config"]) == canonical_json(config):
         print(f"already done: {files.csv}")
