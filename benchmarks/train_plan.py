@@ -43,7 +43,7 @@ def main_runs() -> list[Run]:
     return [
         qlora,
         replace(qlora, name="qlora-46gib", flags=("--memory_limit_gib", "46")),  # a card of 48 GB
-        replace(qlora, name="qlora-fp8", flags=("--fp8_base", "true")),
+        replace(qlora, name="qlora-fp8", flags=("--fp8_backward", "true")),
         *(
             replace(peers, name=f"padded-{rows}", peer="padded", peer_options=("--rows_at_once", str(rows)))
             for rows in (4, 16)

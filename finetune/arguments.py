@@ -71,7 +71,7 @@ class LoraArguments:
     lora_rank: int = _option(64, "rank of A and B", at_least=1)
     lora_alpha: float = _option(16, "scale of the update, divided by lora_rank", at_least=0)
     lora_dropout: float = _option(USUAL_LORA_DROPOUT, "dropout before A", at_least=0)
-    fp8_base: bool = _option(False, "8-bit floating point for the products with the frozen base (Ada, Hopper)")
+    fp8_backward: bool = _option(False, "FP8 for the backward products with the frozen base (Ada, Hopper)")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
-"""Products with a frozen weight: 16-bit after dequantisation, or in 8-bit floating point on Hopper and Ada.
+"""Products with a frozen weight: in 16 bits after dequantisation, the backward one in FP8 if wanted (Hopper, Ada).
 
-FP8: an NF4 weight goes to float8_e4m3 in one pass, without a 16-bit copy, with one scale for the whole matrix; rows of
-the other factor (tokens) have a scale each. On an H100 such a product runs at 1,250 to 1,350 TFLOP/s instead of 720 to
-745 (T = 8,192); its result is off by 3.7 % in norm, 2.6 % of it from rounding the weight, unbiased over elements.
+FP8: NF4 weights of one input go to float8_e4m3 in one pass, without a 16-bit copy, with one scale for all; rows of
+gradients (tokens) have a scale each. On an H100 such a product runs at 1,250 to 1,350 TFLOP/s instead of 720 to 745
+(T = 8,192); its result is off by 3.7 % in norm, 2.6 % of it from rounding the weight, unbiased over elements.
+
+The forward product stays in 16 bits. Rounded too, it is as fast again, but the adapter then learns to make up for a
+base that it is not used with: the training loss of a real model rises by 0.03 to 0.13, where rounding the backward
+product alone changes nothing measurable (benchmarks/results/fp8.md).
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +25,19 @@ def check_fp8(device: torch.device) -> None:
     """Raises UserError where the device has no FP8 products."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-        raise UserError(f"fp8_base needs a card of the Ada or Hopper generation (4090, L40S, H100), found {found}.")
+        raise UserError(f"fp8_backward needs a card of the Ada or Hopper generation (4090, L40S, H100), found {found}.")
 
 
 class Frozen:
-    """A frozen linear layer's products. `fp8` is obeyed on CUDA for double-quantised NF4 of sizes divisible by 64."""
+    """A frozen linear layer's products.
 
-    def __init__(self, base: nn.Module, fp8: bool = False) -> None:
+    `fp8_backward` is obeyed on CUDA for double-quantised NF4 of sizes divisible by 64; `scale` is None elsewhere.
+    """
+
+    def __init__(self, base: nn.Module, fp8_backward: bool = False) -> None:
         self.base = base
         self.has_kernel = self._has_kernels_form()
-        self.scale = self._fp8_scale() if fp8 and self.has_kernel else None
+        self.scale = self._fp8_scale() if fp8_backward and self.has_kernel else None
 
     def _has_kernels_form(self) -> bool:
         """Whether finetune.kernels can read the weight: one pass instead of bitsandbytes' two and their Python."""
@@ -47,34 +54,35 @@ class Frozen:
         largest = dequantize_blockwise(state.absmax, state.state2) + state.offset
         return largest.abs().max().item() / FP8_LARGEST
 
-    def forward(self, x_TI: Tensor, low_TR: Tensor, b_OR: Tensor, shared: dict[str, Any]) -> Tensor:
-        """x W^T + bias + low B^T, (T, O). `shared` carries what the products of one x have in common."""
+    def forward(self, x_TI: Tensor, low_TR: Tensor, b_OR: Tensor) -> Tensor:
+        """x W^T + bias + low B^T, (T, O)."""
         bias = None if self.base.bias is None else self.base.bias.to(x_TI.dtype)
-        if self.scale is not None:
-            if "x" not in shared:
-                shared["x"] = kernels().rows_to_fp8(x_TI)
-            return self._fp8_product(*shared["x"], transposed=False).addmm_(low_TR, b_OR.T)
         # The small product first: the large one then adds to it in 32 bits.
         output_TO = low_TR @ b_OR.T if bias is None else torch.addmm(bias, low_TR, b_OR.T)
         return output_TO.addmm_(x_TI, self._dense(x_TI.dtype).T)
 
     def add_input_gradient(self, total_TI: Tensor, grad_TO: Tensor) -> Tensor:
-        """total + grad W, in place."""
-        if self.scale is not None:
-            return total_TI.add_(self._fp8_product(*kernels().rows_to_fp8(grad_TO), transposed=True))
+        """total + grad W in 16 bits, in place."""
         return total_TI.addmm_(grad_TO, self._dense(grad_TO.dtype))
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
         """(O, I) in 16 or 32 bits."""
         if not self.has_kernel:
             return dense_weight(self.base, dtype)
-        return kernels().nf4_to_dense(self.base.weight, dtype)
+        weight = self.base.weight
+        out = torch.empty(weight.quant_state.shape, dtype=dtype, device=weight.device)
+        return kernels().nf4_to_dense(weight, out)
 
-    def _fp8_product(self, left: Tensor, scales_T1: Tensor, transposed: bool) -> Tensor:
-        """left W^T + bias, or for `transposed` left W, in bfloat16."""
-        weight = kernels().nf4_to_dense(self.base.weight, torch.float8_e4m3fn, self.scale, transposed)
-        scales_1N = scales_T1.new_full((1, len(weight)), self.scale)
-        bias = None if transposed or self.base.bias is None else self.base.bias.to(torch.bfloat16)
-        return torch._scaled_mm(
-            left, weight.T, scales_T1, scales_1N, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
+
+def fp8_input_gradient(layers: Sequence[Frozen], grads_TO: Sequence[Tensor]) -> Tensor:
+    """The sum of all grad_i W_i, (T, I) in bfloat16, as one product over the K outputs of one to three layers."""
+    rounded_TK, scales_T1 = kernels().rows_to_fp8(grads_TO)
+    scale = max(layer.scale for layer in layers)
+    sizes = [grad.shape[1] for grad in grads_TO]
+    weight_IK = rounded_TK.new_empty(layers[0].base.weight.quant_state.shape[1], sum(sizes))
+    for layer, weight_IO in zip(layers, weight_IK.split(sizes, 1), strict=True):
+        kernels().nf4_to_dense(layer.base.weight, weight_IO, scale, transposed=True)
+    scales_1I = scales_T1.new_full((1, len(weight_IK)), scale)
+    return torch._scaled_mm(
+        rounded_TK, weight_IK.T, scales_T1, scales_1I, out_dtype=torch.bfloat16, use_fast_accum=True
+    )

@@ -1,9 +1,10 @@
-"""Triton kernels of training: seeded dropout, weights and activations to 8-bit floating point, rows to unit length,
-cross-entropy.
+"""Triton kernels of training: seeded dropout, 4-bit weights made dense, gradients to 8-bit floating point, rows to unit
+length, cross-entropy.
 
 Each reads and writes every number once. Needs triton; tests/test_kernels.py compares them with plain PyTorch.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,26 +51,68 @@ def seeded_dropout(x: Tensor, dropped: int, factor: float, seed: int) -> Tensor:
 
 
 @triton.jit
-def _rows_to_fp8(x_ptr, out_ptr, scale_ptr, stride, size, BLOCK: tl.constexpr):
+def _largest(row_ptr, size: tl.constexpr, BLOCK: tl.constexpr):
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + column, mask=column < size, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+    return tl.max(largest)
+
+
+@triton.jit
+def _divide(row_ptr, out_ptr, size: tl.constexpr, scale, BLOCK: tl.constexpr):
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + column, mask=column < size, other=0.0).to(tl.float32)
+        tl.store(out_ptr + column, (x / scale).to(out_ptr.dtype.element_ty), mask=column < size)
+
+
+@triton.jit
+def _rows_to_fp8(
+    x0_ptr,
+    x1_ptr,
+    x2_ptr,
+    out_ptr,
+    scale_ptr,
+    stride0,
+    stride1,
+    stride2,
+    size0: tl.constexpr,
+    size1: tl.constexpr,
+    size2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Reads a row twice; few programs at a time, so that the second time it is still in the cache."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    mask = column < size
-    x = tl.load(x_ptr + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x)), 1e-12) / FP8_LARGEST
-    tl.store(out_ptr + row * size + column, (x / scale).to(tl.float8e4nv), mask=mask)
+    x0_ptr += row * stride0
+    x1_ptr += row * stride1
+    x2_ptr += row * stride2
+    out_ptr += row * (size0 + size1 + size2)
+    largest = tl.maximum(_largest(x0_ptr, size0, BLOCK), _largest(x1_ptr, size1, BLOCK))
+    largest = tl.maximum(largest, _largest(x2_ptr, size2, BLOCK))
+    scale = tl.maximum(largest, 1e-12) / FP8_LARGEST
+    _divide(x0_ptr, out_ptr, size0, scale, BLOCK)
+    _divide(x1_ptr, out_ptr + size0, size1, scale, BLOCK)
+    _divide(x2_ptr, out_ptr + size0 + size1, size2, scale, BLOCK)
     tl.store(scale_ptr + row, scale)
 
 
-def rows_to_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """(float8_e4m3 (T, I), float32 scales (T, 1)) whose product is about x; a row's largest number becomes 448."""
-    if x_TI.stride(1) != 1:
-        x_TI = x_TI.contiguous()
-    count, size = x_TI.shape
-    out = torch.empty(count, size, dtype=torch.float8_e4m3fn, device=x_TI.device)
-    scales = torch.empty(count, 1, dtype=torch.float32, device=x_TI.device)
-    with torch.cuda.device(x_TI.device):
-        block = triton.next_power_of_2(size)
-        _rows_to_fp8[(count,)](x_TI, out, scales, x_TI.stride(0), size, BLOCK=block, num_warps=8)
+def rows_to_fp8(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(float8_e4m3 (T, K), float32 scales (T, 1)) whose product is about the parts (T, K_i) side by side.
+
+    One to three parts; a row's largest number over all of them becomes 448.
+    """
+    parts = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
+    sizes = [part.shape[1] for part in parts] + [0] * (3 - len(parts))
+    three = (*parts, *parts[:1] * (3 - len(parts)))
+    count, device = len(parts[0]), parts[0].device
+    out = torch.empty(count, sum(sizes), dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(count, 1, dtype=torch.float32, device=device)
+    with torch.cuda.device(device):
+        _rows_to_fp8[(count,)](
+            *three, out, scales, *(part.stride(0) for part in three), *sizes, BLOCK=8192, num_warps=32
+        )
     return out, scales
 
 
@@ -85,6 +128,7 @@ def _nf4_to_dense(
     inverse,
     rows,
     columns,
+    out_stride,
     TRANSPOSED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -109,21 +153,20 @@ def _nf4_to_dense(
     column = tl.program_id(1) * (64 * GROUPS) + tl.arange(0, 64 * GROUPS)
     if TRANSPOSED:
         mask = (column[:, None] < columns) & (row[None, :] < rows)
-        tl.store(out_ptr + column[:, None].to(tl.int64) * rows + row[None, :], tl.trans(weights), mask=mask)
+        tl.store(out_ptr + column[:, None].to(tl.int64) * out_stride + row[None, :], tl.trans(weights), mask=mask)
     else:
         mask = (row[:, None] < rows) & (column[None, :] < columns)
-        tl.store(out_ptr + row[:, None].to(tl.int64) * columns + column[None, :], weights, mask=mask)
+        tl.store(out_ptr + row[:, None].to(tl.int64) * out_stride + column[None, :], weights, mask=mask)
 
 
-def nf4_to_dense(weight: Any, dtype: torch.dtype, scale: float = 1.0, transposed: bool = False) -> Tensor:
-    """(O, I), or (I, O) when `transposed`, in `dtype`, of a double-quantised NF4 weight divided by `scale`.
+def nf4_to_dense(weight: Any, out: Tensor, scale: float = 1.0, transposed: bool = False) -> Tensor:
+    """Fill `out`, (O, I) or when `transposed` (I, O), with a double-quantised NF4 weight divided by `scale`.
 
-    `weight` is a bitsandbytes parameter of sizes divisible by 64, in blocks of 64 weights and of 256 scales.
+    `weight` is a bitsandbytes parameter of sizes divisible by 64, in blocks of 64 weights and of 256 scales. Rows of
+    `out` may lie apart.
     """
     state = weight.quant_state
     rows, columns = state.shape
-    shape = (columns, rows) if transposed else (rows, columns)
-    out = torch.empty(shape, dtype=dtype, device=weight.device)
     block_rows, groups = (128, 1) if transposed else (32, 4)
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, 64 * groups))
     with torch.cuda.device(weight.device):
@@ -138,6 +181,7 @@ def nf4_to_dense(weight: Any, dtype: torch.dtype, scale: float = 1.0, transposed
             1 / scale,
             rows,
             columns,
+            out.stride(0),
             TRANSPOSED=transposed,
             BLOCK_ROWS=block_rows,
             GROUPS=groups,

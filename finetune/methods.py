@@ -27,12 +27,12 @@ def _load(arguments: Arguments, dtype: "torch.dtype", device: "torch.device") ->
     from finetune.recipes import attach_recipes
 
     lora = arguments.lora
-    if lora.fp8_base:
+    if lora.fp8_backward:
         check_fp8(device)
     model = load_quantized(arguments.model.model_name_or_path, device, dtype)
     enable_chunked_loss(model)
     model = attach_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout)
-    fuse_projections(model, fp8=lora.fp8_base)
+    fuse_projections(model, lora.fp8_backward)
     attach_recipes(model)
     return model
 
@@ -73,7 +73,7 @@ def _flops_per_token(room: Room) -> float:
 def _tokens_per_second(room: Room, budget: Budget) -> float:
     budget = filled(budget, room.tokens_per_update / room.world_size)
     lora = room.arguments.lora
-    return qlora_tokens_per_second(room.shape, lora.lora_rank, room.gpu, budget, lora.fp8_base)
+    return qlora_tokens_per_second(room.shape, lora.lora_rank, room.gpu, budget, lora.fp8_backward)
 
 
 def _saved_bytes(room: Room) -> tuple[int, int, int]:

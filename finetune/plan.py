@@ -172,7 +172,7 @@ def print_plan(
     method: str, shape: Shape, gpu: Gpu, gpus: int, arguments: Arguments, work: Workload, price: float
 ) -> int:
     """All tables; 0 when something fits on the cards asked for, else 1."""
-    rank, fp8 = arguments.lora.lora_rank, arguments.lora.fp8_base
+    rank, fp8 = arguments.lora.lora_rank, arguments.lora.fp8_backward
     if method == "qlora":
         here = [qlora_option(shape, gpu, gpus, rank, work, fp8)]
         others = [qlora_option(shape, gpu, n, rank, work, fp8) for n in counts(gpus)]

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # Besides the weights, the rows and the rows of an update: what a checkpoint cannot be continued with a change of.
 SAME_ALL_ALONG = (
-    "max_seq_length eval_split_percentage lora_rank lora_alpha lora_dropout fp8_base learning_rate lr_scheduler_type "
-    "warmup_steps optim weight_decay max_grad_norm seed"
+    "max_seq_length eval_split_percentage lora_rank lora_alpha lora_dropout fp8_backward learning_rate "
+    "lr_scheduler_type warmup_steps optim weight_decay max_grad_norm seed"
 ).split()
 
 
@@ -88,8 +88,6 @@ def explain_choices(arguments: Arguments, dtype: str) -> None:
         say(f"note: {optimizer} pages nothing on a CPU: its state is in main memory, the update is the same")
     if arguments.train.memory_limit_gib and is_cpu:
         say("note: memory_limit_gib concerns cards: this is a CPU")
-    if arguments.lora.fp8_base:
-        say("note: fp8_base trades loss for speed (benchmarks/results/h100-80g/README.md says how much)")
     if arguments.train.fp16 and dtype != "float16":
         say(f"note: fp16 is true, {dtype} is used: {'this is a CPU' if is_cpu else 'the card has it'}")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finetune.dropout import draw_seed, dropout
-from finetune.frozen import Frozen
+from finetune.frozen import Frozen, fp8_input_gradient
 from finetune.nf4 import is_4bit, keep_layout
 from finetune.recipes import split_recipe
 
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def fuse_projections(model: "PeftModel", fp8: bool = False) -> int:
+def fuse_projections(model: "PeftModel", fp8_backward: bool = False) -> int:
     """Give every LoRA projection over a frozen linear layer the fused path; returns how many have it.
 
     Passes without gradients (generation, evaluation), several adapters, merged or disabled ones run peft's code as
-    before. Layers of another kind keep it altogether, which one notice in the log says. `fp8`: products with 4-bit
-    weights run in 8-bit floating point (finetune.frozen).
+    before. Layers of another kind keep it altogether, which one notice in the log says. `fp8_backward`: the backward
+    products with 4-bit weights run in 8-bit floating point (finetune.frozen).
     """
     from peft.tuners.lora import LoraLayer
 
@@ -57,11 +57,11 @@ def fuse_projections(model: "PeftModel", fp8: bool = False) -> int:
             else:
                 covered[key] = layer
         for group in _groups(covered):
-            in_16_bits += SharedInput([covered[key] for key in group], fp8).num_in_16_bits
+            in_16_bits += SharedInput([covered[key] for key in group], fp8_backward).num_in_16_bits
         fused += len(covered)
     if left:
         logger.warning("%d LoRA layers keep peft's slower path, the first is %s", len(left), left[0])
-    if fp8 and in_16_bits:
+    if fp8_backward and in_16_bits:
         logger.warning(
             "%d projections keep 16-bit products: FP8 needs NF4 weights of sizes divisible by 64", in_16_bits
         )
@@ -95,8 +95,8 @@ class SharedInput:
     next input comes.
     """
 
-    def __init__(self, members: Sequence[nn.Module], fp8: bool) -> None:
-        self._frozen = {module: Frozen(module.get_base_layer(), fp8) for module in members}
+    def __init__(self, members: Sequence[nn.Module], fp8_backward: bool) -> None:
+        self._frozen = {module: Frozen(module.get_base_layer(), fp8_backward) for module in members}
         self._input: Tensor | None = None
         self._waiting: dict[nn.Module, Tensor] = {}
         for module in members:
@@ -104,8 +104,8 @@ class SharedInput:
 
     @property
     def num_in_16_bits(self) -> int:
-        """Members without FP8 products."""
-        return sum(frozen.scale is None for frozen in self._frozen.values())
+        """Members without FP8 products: all where one cannot have them."""
+        return 0 if all(frozen.scale is not None for frozen in self._frozen.values()) else len(self._frozen)
 
     def __call__(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of a member, shaped and typed as peft's."""
@@ -159,6 +159,11 @@ class Group:
     scalings: Sequence[float]
     dropout: float
 
+    @property
+    def fp8_backward(self) -> bool:
+        """Whether all layers have what the FP8 product needs."""
+        return all(frozen.scale is not None for frozen in self.frozen)
+
 
 class Projections(torch.autograd.Function):
     """`apply(x, group, A_1 .. A_n, B_1 .. B_n)`: outputs of a group's n projections, x in the dtype computed with."""
@@ -174,9 +179,9 @@ class Projections(torch.autograd.Function):
         ctx.seed = draw_seed() if group.dropout else 0
         a_SI = _stacked(matrices[:count], group, x.dtype)
         low_TS = dropout(x_TI, group.dropout, ctx.seed) @ a_SI.T
-        shared, outputs, lows = {}, [], _parts(low_TS, matrices[:count], 1)
+        outputs, lows = [], _parts(low_TS, matrices[:count], 1)
         for frozen, low_TR, b_OR in zip(group.frozen, lows, matrices[count:], strict=True):
-            output_TO = frozen.forward(x_TI, low_TR, b_OR.to(x.dtype), shared)
+            output_TO = frozen.forward(x_TI, low_TR, b_OR.to(x.dtype))
             outputs.append(output_TO.view(*x.shape[:-1], -1))
         ctx.save_for_backward(*sources, low_TS, *matrices)
         return tuple(outputs)
@@ -198,12 +203,22 @@ class Projections(torch.autograd.Function):
         grads_a = [part * s for part, s in zip(_parts(grad_a_SI, matrices[:count], 0), group.scalings, strict=True)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_TI = grad_low_TS @ _stacked(matrices[:count], group, dtype)
-            grad_TI = dropout(grad_TI, group.dropout, ctx.seed)
-            for frozen, grad_TO in zip(group.frozen, grads_TO, strict=True):
-                grad_TI = frozen.add_input_gradient(grad_TI, grad_TO)
-            grad_x = grad_TI.view(ctx.shape)
+            a_SI = _stacked(matrices[:count], group, dtype)
+            grad_x = _input_gradient(group, grads_TO, grad_low_TS, a_SI, ctx.seed).view(ctx.shape)
         return grad_x, None, *grads_a, *grads_b
+
+
+def _input_gradient(group: Group, grads_TO: Sequence[Tensor], grad_low_TS: Tensor, a_SI: Tensor, seed: int) -> Tensor:
+    """(T, I), through the frozen weights and through the adapters."""
+    if group.fp8_backward:
+        total_TI = fp8_input_gradient(group.frozen, grads_TO)
+        if not group.dropout:
+            return total_TI.addmm_(grad_low_TS, a_SI)
+        return total_TI.add_(dropout(grad_low_TS @ a_SI, group.dropout, seed))
+    total_TI = dropout(grad_low_TS @ a_SI, group.dropout, seed)
+    for frozen, grad_TO in zip(group.frozen, grads_TO, strict=True):
+        total_TI = frozen.add_input_gradient(total_TI, grad_TO)
+    return total_TI
 
 
 def _parts(whole: Tensor, a_list: Sequence[Tensor], dim: int) -> tuple[Tensor, ...]:

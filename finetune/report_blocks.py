@@ -154,7 +154,7 @@ def environment_blocks(report: dict[str, Any]) -> list[Block]:
     """Versions, commit and the run's identity."""
     rows = [[name, text] for name, text in report["versions"].items()]
     rows += [["git commit", str(report["git_commit"])], ["configuration file", str(report["config_file"])]]
-    unused = ("lora_", "fp8_base") if report["method"].startswith("all parameters") else ()
+    unused = ("lora_", "fp8_backward") if report["method"].startswith("all parameters") else ()
     settings = {key: value for key, value in report["identity"].items() if not key.startswith(unused)}
     rows += [[key.replace("_", " "), str(value)] for key, value in settings.items()]
     return [Heading("Environment"), Table(["", ""], rows)]

@@ -20,7 +20,7 @@ def test_fp8_needs_a_card_that_has_it():
 
 
 def test_what_is_not_double_quantised_nf4_keeps_16_bit_products():
-    assert Frozen(torch.nn.Linear(64, 64), fp8=True).scale is None
+    assert Frozen(torch.nn.Linear(64, 64), fp8_backward=True).scale is None
 
 
 def quantised_layer(inputs: int, outputs: int) -> torch.nn.Module:
@@ -53,12 +53,15 @@ class TestOnGpu:
             assert all(pair.mean().item() == pytest.approx(0.81, abs=0.003) for pair in pairs)
 
     @pytest.mark.parametrize("size", [64, 5120, 13696])
-    def test_rows(self, size):
+    @pytest.mark.parametrize("num_parts", [1, 2, 3])
+    def test_rows(self, size, num_parts):
         from finetune.kernels import rows_to_fp8
 
-        x = torch.randn(37, size, device="cuda").bfloat16()
-        x[3] = 0
-        codes, scales = rows_to_fp8(x)
+        parts = [torch.randn(37, width, device="cuda").bfloat16() for width in (size, 192, size)[:num_parts]]
+        x = torch.cat(parts, 1)
+        for part in (x, *parts):
+            part[3] = 0
+        codes, scales = rows_to_fp8(parts)
         expected = x.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / FP8_LARGEST
         torch.testing.assert_close(scales, expected)
         assert torch.equal(codes.float(), (x.float() / scales).to(torch.float8_e4m3fn).float())
@@ -68,31 +71,38 @@ class TestOnGpu:
         from finetune.kernels import nf4_to_dense
 
         layer = quantised_layer(inputs, outputs)
-        scale = Frozen(layer, fp8=True).scale
-        straight, transposed = (nf4_to_dense(layer.weight, torch.float8_e4m3fn, scale, flag) for flag in (False, True))
-        assert torch.equal(straight.float(), transposed.float().T) and straight.is_contiguous()
+        scale = Frozen(layer, fp8_backward=True).scale
+        straight = torch.empty(outputs, inputs, device="cuda", dtype=torch.float8_e4m3fn)
+        # Columns of a wider matrix; what lies beside them stays.
+        wide = torch.full((inputs, outputs + 64), 7.0, device="cuda").to(torch.float8_e4m3fn)
+        nf4_to_dense(layer.weight, straight, scale)
+        nf4_to_dense(layer.weight, wide[:, 32:-32], scale, transposed=True)
+        transposed, beside = wide[:, 32:-32], torch.cat([wide[:, :32], wide[:, -32:]], 1)
+        assert torch.equal(straight.float(), transposed.float().T) and (beside.float() == 7).all()
         exact = dense_weight(layer, torch.float32)
         error = (straight.float() * scale - exact).norm() / exact.norm()
         assert error < 0.03
         assert straight.float().abs().max().item() == FP8_LARGEST
-        dense = nf4_to_dense(layer.weight, torch.bfloat16)
+        dense = nf4_to_dense(layer.weight, torch.empty(outputs, inputs, device="cuda", dtype=torch.bfloat16))
         torch.testing.assert_close(dense, dense_weight(layer, torch.bfloat16), rtol=2**-7, atol=0)
 
-    def test_projections_in_fp8(self):
-        """Forward and backward within the rounding of FP8 of the 16-bit products."""
+    @pytest.mark.parametrize("rate", [0.0, 0.1])
+    def test_projections_with_an_fp8_backward_pass(self, rate):
+        """The backward pass within the rounding of FP8 of 16-bit products, the forward pass equal."""
         layers = [quantised_layer(512, 1024), quantised_layer(512, 256)]
         x = torch.randn(300, 512, device="cuda").bfloat16().requires_grad_()
         a = [torch.randn(8, 512, device="cuda").div_(23).requires_grad_() for _ in layers]
         b = [torch.randn(layer.out_features, 8, device="cuda").requires_grad_() for layer in layers]
         results = []
         for fp8 in (False, True):
-            group = Group([Frozen(layer, fp8) for layer in layers], [0.1, 0.2], 0.1)
-            assert all((frozen.scale is not None) == fp8 for frozen in group.frozen)
+            group = Group([Frozen(layer, fp8) for layer in layers], [0.1, 0.2], rate)
+            assert group.fp8_backward == fp8
             torch.manual_seed(1)
             outputs = Projections.apply(x, group, *a, *b)
             torch.manual_seed(2)
             loss = sum((output * torch.randn_like(output)).sum() for output in outputs)
             results.append([*outputs, *torch.autograd.grad(loss, [x, *a, *b])])
+        assert all(map(torch.equal, results[0][:2], results[1][:2]))
         for exact, rounded in zip(*results, strict=True):
             assert (rounded - exact).float().norm() < 0.06 * exact.float().norm()
 

@@ -195,8 +195,8 @@ def test_a_run_that_saves_no_checkpoints_needs_disk_for_final_alone(
 
 
 def test_fp8_is_refused_where_the_device_has_none(flags: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="fp8_base needs a card of the Ada or Hopper generation.*found a CPU"):
-        run_here(flags, tmp_path, "--fp8_base", "true")
+    with pytest.raises(UserError, match="fp8_backward needs a card of the Ada or Hopper generation.*found a CPU"):
+        run_here(flags, tmp_path, "--fp8_backward", "true")
 
 
 def test_a_held_out_part_is_measured(flags: list[str], tmp_path: Path) -> None:
