@@ -104,8 +104,6 @@ def run_all(runs: list[Run], flags: argparse.Namespace, more: list[str], path: P
     for number, run in wanted:
         print(f"-----> {run.name}, round {number} of {flags.rounds}", file=sys.stderr, flush=True)
         result = {"round": number, **measure(run, flags.folder, more, flags.limit_s), **where}
-        if result.get("tflops"):
-            result["share_of_product_rate"] = round(result["tflops"] / result["product_rate_tflops"], 4)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         said = f"{result['tokens_per_second']:,.0f} tokens/s" if result["status"] == "done" else result["status"]

@@ -16,7 +16,7 @@ OURS = {
 SHORT_ROWS = Workload(165, 32, 1024, 64)  # text matching and the like
 LONG_ROWS = Workload(330, 64, 1024, 48)  # conversations; the shipped configuration's rows of an update
 TINY_ROWS = Workload(48, 32, 96, 8)
-TOKENS_PER_UPDATE = 32768  # in the sweep over lengths
+TOKENS_PER_UPDATE = 16384  # in the sweep over lengths
 WARM_UP = 3  # updates that warm kernels and allocator up and are left out of the speed
 
 

@@ -68,8 +68,12 @@ def table(results: Sequence[Result]) -> str:
         return "nothing was measured\n"
     last = results[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    # One rate for all: it is measured in moments, between which the card grows warm, and so differs by a tenth.
+    rates = [line["product_rate_tflops"] for line in results]
+    rate = median(rates)
+    spread = f" (median, {min(rates):.4g} to {max(rates):.4g})" if len(set(rates)) > 1 else ""
     blocks = [
-        f"{last['device']}: a large product runs at {last['product_rate_tflops']:.4g} TFLOP/s. {versions}. "
+        f"{last['device']}: a large product runs at {rate:.4g} TFLOP/s{spread}. {versions}. "
         f"Commit {last['git_commit']}, {last['date'][:10]}."
     ]
     groups = grouped(results)
@@ -77,7 +81,7 @@ def table(results: Sequence[Result]) -> str:
     for group, runs in groups.items():
         finished = {name: lines for name, lines in runs.items() if lines[0]["status"] == "done"}
         header, reference = HEADER, runs.get(REFERENCES.get(group, ""))
-        rows = [_row(name, lines, reference) for name, lines in finished.items() if group != "rows"]
+        rows = [_row(name, lines, reference, rate) for name, lines in finished.items() if group != "rows"]
         if group == "rows":
             header, rows = ROWS_HEADER, [_data_row(lines[0], training) for lines in finished.values()]
         failed = [f"- {name}: {lines[0]['status']}" for name, lines in runs.items() if name not in finished]
@@ -87,7 +91,7 @@ def table(results: Sequence[Result]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _row(name: str, lines: Sequence[Result], reference: Sequence[Result] | None) -> list[str]:
+def _row(name: str, lines: Sequence[Result], reference: Sequence[Result] | None, rate: float) -> list[str]:
     one, speeds = lines[0], [line["tokens_per_second"] for line in lines]
     ours = speed_of(reference) if reference else None
     difference = loss_difference(lines, reference)
@@ -98,7 +102,7 @@ def _row(name: str, lines: Sequence[Result], reference: Sequence[Result] | None)
         f"{min(speeds):,.0f} to {max(speeds):,.0f}" if len(speeds) > 1 else "-",
         f"{ours / median(speeds):.2f}" if ours and not is_reference else "-",
         # A model for a CPU is so small that the share would say nothing.
-        "-" if one["device"] == "cpu" else percent(median(line["share_of_product_rate"] for line in lines)),
+        "-" if one["device"] == "cpu" else percent(median(line["tflops"] for line in lines) / rate),
         _text(one["peak_memory_gib"], ".1f"),
         _text(one["predicted"].get("peak_memory_gib"), ".1f"),
         _text(one["token_budget"], ",d"),

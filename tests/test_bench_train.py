@@ -83,7 +83,7 @@ def test_a_run_that_fails_says_why(bench, capsys):
 
 
 def test_the_table_compares_medians_with_ours():
-    common = {"group": "QLoRA", "status": "done", "device": "card", "share_of_product_rate": 0.5, "date": "2026-01-01"}
+    common = {"group": "QLoRA", "status": "done", "device": "card", "tflops": 350, "date": "2026-01-01"}
     common |= {"predicted": {}, "token_budget": None, "layers_kept": None, "peak_memory_gib": 9.5, "versions": {}}
     common |= {"product_rate_tflops": 700, "git_commit": "abc", "seconds_to_load": 3, "value": None}
     speeds = [(1, 7), (1, 900), (2, 1000), (3, 5000)]  # of a round that was repeated the last counts
