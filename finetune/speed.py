@@ -22,9 +22,9 @@ from finetune.memory import (
 )
 
 # Fitted to the H100 runs of tests/test_plan.py: share of the card's reachable rate in QLoRA and in full fine-tuning.
-QLORA_SHARE, QLORA_OVERHEAD_TOKENS = 0.722, 900
-FP8_GAIN = 1.31  # of QLoRA's speed by fp8_backward, on an H100
-FULL_SHARE, FULL_OVERHEAD_TOKENS = 0.806, 300
+QLORA_SHARE, QLORA_OVERHEAD_TOKENS = 0.711, 900
+FP8_GAIN = 1.15  # of QLoRA's speed by fp8_backward, on an H100
+FULL_SHARE, FULL_OVERHEAD_TOKENS = 0.79, 300
 HOST_LINK_BYTES = 20e9  # bytes/s between a card and main memory, PCIe 4 x16
 # Parameters/s of the CPU's Adam. DeepSpeed's ZeRO-Offload tutorial: a step of 3 B takes 2.4 s on a host of 128 cores.
 HOST_ADAM_PARAMETERS = 2e9

@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainingArguments
 from finetune.batching import collate, plan_epoch
 from finetune.checkpointing import CheckpointingTrainer, Progress, RunPlan
 from finetune.errors import UserError
+from finetune.gradients import Gradients
 from finetune.progress import Meter
 from finetune.signals import StopRequest
 from finetune.updates import RankUpdate, UpdateDataset, count_supervised, cut_in_pieces, update_loader
@@ -65,6 +66,7 @@ class UpdateTrainer(CheckpointingTrainer):
         self.update_losses: list[tuple[int, float]] = []
         self._bad_updates = 0
         self._logged_sums = [0.0, 0]
+        self._ahead: tuple[Sequence[int] | None, dict[str, Any] | None] = (None, None)
         dataset = UpdateDataset(
             samples, plan.rows_per_update, plan.token_budget, args.seed, args.process_index, args.world_size
         )
@@ -72,6 +74,9 @@ class UpdateTrainer(CheckpointingTrainer):
             model=model, args=args, train_dataset=dataset, eval_dataset=plan.eval_samples or None, **kwargs
         )
         self.add_callback(_ObeyStop(self))
+        self.gradients = Gradients(self.model, args.world_size)
+        if not self.is_deepspeed_enabled:
+            self.model.zero_grad = self.gradients.forget
 
     # ---- data ----
 
@@ -104,23 +109,44 @@ class UpdateTrainer(CheckpointingTrainer):
 
     def training_step(self, model: nn.Module, inputs: RankUpdate, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one whole update. Returns this rank's share of its mean loss, times the ranks."""
-        model.train()
+        if not model.training:
+            model.train()
         update = inputs
         scale = self.args.world_size / max(1, update.num_supervised)
         if self.is_deepspeed_enabled:
             loss_sum = self._run_with_deepspeed(model, update, scale)
         else:
             loss_sum = self._run_micro_batches(model, update, scale)
+            self.gradients.average()
+            self.gradients.clip(self.accelerator, self.args.max_grad_norm)
+        # Until here nothing has waited for the device. What can be done while it computes is done before that.
+        self._collate_ahead(update.next_rows)
         loss = self._agree(loss_sum, update)
-        if not self.is_deepspeed_enabled:
-            self._average_gradients(model, keep=math.isfinite(loss))
+        if not self.is_deepspeed_enabled and not math.isfinite(loss):
+            self.gradients.drop()
         self._account(update, loss)
         return loss_sum.detach() * scale
 
     def _loss_of(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
         """Sum of the token losses of rows run side by side, no padding. No rows: a zero with a graph."""
-        samples = [self.train_dataset.samples[row] for row in rows]
-        return model(**self._prepare_input(collate(samples))).loss
+        ahead_rows, batch = self._ahead
+        if ahead_rows != rows:
+            batch = self._collated(rows)
+        self._ahead = (None, None)
+        return model(**self._prepare_input(batch)).loss
+
+    def _collated(self, rows: Sequence[int]) -> dict[str, Any]:
+        return collate([self.train_dataset.samples[row] for row in rows])
+
+    def _collate_ahead(self, rows: Sequence[int] | None) -> None:
+        """The first micro-batch of the next update, where the epoch has one."""
+        self._ahead = (None, None) if rows is None else (rows, self._collated(rows))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(model) if self.is_deepspeed_enabled else self.gradients.norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(model, grad_norm) if self.is_deepspeed_enabled else self.gradients.norm
 
     def _run_micro_batches(self, model: nn.Module, update: RankUpdate, scale: float) -> Tensor:
         """All micro-batches of this rank. What does not fit is cut to half the budget and repeated."""
@@ -216,19 +242,6 @@ class UpdateTrainer(CheckpointingTrainer):
         self._logged_sums[0] += total
         self._logged_sums[1] += update.num_supervised
         return total / max(1, update.num_supervised)
-
-    def _average_gradients(self, model: nn.Module, keep: bool) -> None:
-        """Mean over ranks, in flat blocks; an update whose loss is no number leaves no gradient behind."""
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not keep:
-            torch._foreach_zero_(gradients)
-        elif self.args.world_size > 1:
-            for block in _blocks(gradients):
-                flat = torch.cat([gradient.reshape(-1) for gradient in block])
-                dist.all_reduce(flat)
-                flat /= self.args.world_size
-                parts = flat.split([gradient.numel() for gradient in block])
-                torch._foreach_copy_(block, [p.view_as(g) for p, g in zip(parts, block, strict=True)])
 
     def _account(self, update: RankUpdate, loss: float) -> None:
         self.update_losses.append((self.state.global_step + 1, loss))
@@ -333,16 +346,3 @@ class _ObeyStop(TrainerCallback):
             control.should_evaluate = False
             control.should_save = args.save_strategy != "no"
         return control
-
-
-def _blocks(tensors: Sequence[Tensor], max_elements: int = 50_000_000) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype in groups of about max_elements, in order."""
-    block: list[Tensor] = []
-    for tensor in tensors:
-        is_other = block and block[0].dtype != tensor.dtype
-        if block and (is_other or sum(map(Tensor.numel, block)) + tensor.numel() > max_elements):
-            yield block
-            block = []
-        block.append(tensor)
-    if block:
-        yield block

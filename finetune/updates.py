@@ -31,12 +31,16 @@ def cut_in_pieces(rows: Sequence[int], lengths: Sequence[int], token_budget: int
 
 @dataclass
 class RankUpdate:
-    """What one rank does in one update. Rows and token counts are those of the whole update, over all ranks."""
+    """What one rank does in one update. Rows and token counts are those of the whole update, over all ranks.
+
+    `next_rows` is the first micro-batch of this rank in the epoch's next update, None in the last one.
+    """
 
     micro_batches: list[list[int]]
     rows: list[int]
     num_tokens: int
     num_supervised: int
+    next_rows: list[int] | None = None
 
 
 class UpdateDataset:
@@ -78,13 +82,14 @@ class UpdateDataset:
         return max(sum(self.lengths[row] for row in rows) for rows in parts)
 
     def __getitem__(self, index: int) -> RankUpdate:
-        update = self._plan()[index]
+        update, *following = self._plan()[index : index + 2]
         rows = update.rows
         return RankUpdate(
             micro_batches=update.micro_batches[self.rank],
             rows=rows,
             num_tokens=sum(self.lengths[row] for row in rows),
             num_supervised=sum(self.supervised[row] for row in rows),
+            next_rows=following[0].micro_batches[self.rank][0] if following else None,
         )
 
 

@@ -36,14 +36,21 @@ H100 = named_gpu("H100")
 
 # One H100 80GB, torch 2.11, the shipped commands (benchmarks/results): tokens of the largest micro-batch and of the
 # mean one, layers not recomputed, peak GiB that torch allocated, trained tokens per second. LoRA has rank 64.
-MEASURED_QLORA = [(11715, 10610, 40, 64.0, 9455), (5858, 5305, 40, 39.0, 8768)]
+# Two cards, each with one micro-batch an update and with two.
+MEASURED_QLORA = [
+    (11715, 10610, 40, 64.0, 9455),
+    (5858, 5305, 40, 39.0, 8768),
+    (11715, 10610, 40, 64.0, 9169),
+    (5858, 5305, 40, 39.0, 8487),
+]
 # All of 7.5 B parameters, weights, gradients and moments in bfloat16, 3 to 4 micro-batches an update; the first three
-# were a loop's on the way here, and all kept the norms' results and SwiGLU's product.
+# were a loop's on the way here. All but the last kept the norms' results and SwiGLU's product.
 MEASURED_FULL = [
-    (8192, 8192, 0, 59.3, 10316),
-    (8192, 8192, 8, 66.8, 11261),
-    (16384, 16384, 0, 62.4, 10983),
-    (3771, 3630, 32, 72.9, 12910),
+    (8192, 8192, 0, 59.3, 10316, True),
+    (8192, 8192, 8, 66.8, 11261, True),
+    (16384, 16384, 0, 62.4, 10983, True),
+    (3771, 3630, 32, 72.9, 12910, True),
+    (5817, 5280, 32, 74.6, 12718, False),
 ]
 
 
@@ -117,13 +124,15 @@ def test_qlora_estimates_are_near_the_measured(largest: int, mean: int, kept: in
 
 def test_fp8_products_are_counted() -> None:
     speeds = [qlora_tokens_per_second(QWEN, 64, H100, Budget(10610, 40), fp8) for fp8 in (False, True)]
-    assert speeds[1] == pytest.approx(12384, rel=0.05) and speeds[1] > 1.2 * speeds[0]
+    assert speeds[1] == pytest.approx(10600, rel=0.05) and speeds[1] > 1.1 * speeds[0]
 
 
-@pytest.mark.parametrize(("largest", "mean", "kept", "gib", "speed"), MEASURED_FULL)
-def test_full_estimates_are_near_the_measured(largest: int, mean: int, kept: int, gib: float, speed: int) -> None:
-    without_recipes = BAICHUAN.kept_per_token(False) - BAICHUAN.kept_per_token(True)
-    predicted = total(full_memory(BAICHUAN, "none", 1, largest, kept)) + 2 * kept * largest * without_recipes
+@pytest.mark.parametrize(("largest", "mean", "kept", "gib", "speed", "keeps_all"), MEASURED_FULL)
+def test_full_estimates_are_near_the_measured(
+    largest: int, mean: int, kept: int, gib: float, speed: int, keeps_all: bool
+) -> None:
+    more = BAICHUAN.kept_per_token(False) - BAICHUAN.kept_per_token(True) if keeps_all else 0
+    predicted = total(full_memory(BAICHUAN, "none", 1, largest, kept)) + 2 * kept * largest * more
     assert predicted / GIB == pytest.approx(gib, rel=0.10)
     assert full_tokens_per_second(BAICHUAN, H100, Budget(mean, kept)) == pytest.approx(speed, rel=0.15)
 

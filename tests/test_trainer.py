@@ -275,3 +275,31 @@ def test_cut_in_pieces_keeps_order_and_budget() -> None:
     lengths = [5, 9, 3, 4, 20, 1]
     assert cut_in_pieces([0, 1, 2, 3, 4, 5], lengths, 10) == [[0], [1], [2, 3], [4], [5]]
     assert cut_in_pieces([], lengths, 10) == [[]]
+
+
+def test_the_next_rows_are_collated_before_the_device_is_waited_for(tmp_path: Path, monkeypatch) -> None:
+    from finetune import trainer as module
+
+    samples, events = make_samples(8), []
+    trainer = make_trainer(tmp_path, samples, max_steps=3)
+    collate, agree = module.collate, trainer._agree
+    monkeypatch.setattr(module, "collate", lambda rows: events.append([row.row for row in rows]) or collate(rows))
+    monkeypatch.setattr(trainer, "_agree", lambda *words: events.append("wait") or agree(*words))
+    trainer.run()
+    dataset = trainer.train_dataset
+    expected = []
+    for epoch, last in ((0, 1), (1, 0)):  # 8 rows are two updates an epoch
+        dataset.epoch = epoch
+        updates = [dataset[index] for index in range(last + 1)]
+        parts = [[[samples[row].row for row in rows] for rows in update.micro_batches] for update in updates]
+        following = [[samples[row].row for row in dataset[0].next_rows]]
+        assert dataset[1].next_rows is None
+        # At an epoch's beginning nothing is there; each later update finds its first micro-batch.
+        expected += [*parts[0], *following, "wait"] + ([*parts[1][1:], "wait"] if last else [])
+    assert events == expected
+
+
+def test_forgotten_gradients_are_gone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_samples(4), max_steps=1)
+    trainer.run()
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())

@@ -1,0 +1,66 @@
+"""The gradients of the trained parameters at the end of an update: averaged over ranks, clipped, dropped, forgotten.
+
+The parameters are listed once. A 14B with adapters has 3,500 modules; walking through them takes a CPU about 8 ms, and
+at the end of an update the card waits meanwhile.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Gradients:
+    """`norm` is that of the last `clip`, before clipping, on the device."""
+
+    def __init__(self, model: nn.Module, world_size: int) -> None:
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.world_size = world_size
+        self.norm: Tensor | None = None
+
+    def average(self) -> None:
+        """Mean over ranks, in flat blocks."""
+        if self.world_size == 1:
+            return
+        for block in _blocks(self._present()):
+            flat = torch.cat([gradient.reshape(-1) for gradient in block])
+            dist.all_reduce(flat)
+            flat /= self.world_size
+            parts = flat.split([gradient.numel() for gradient in block])
+            torch._foreach_copy_(block, [part.view_as(one) for part, one in zip(parts, block, strict=True)])
+
+    def clip(self, accelerator: "Accelerator", max_norm: float) -> None:
+        """Scale all so that their norm is at most max_norm (0: no limit). Does not wait for the device."""
+        self.norm = accelerator.clip_grad_norm_(self.parameters, max_norm or math.inf)
+
+    def drop(self) -> None:
+        """Zeros, and a norm of 0."""
+        torch._foreach_zero_(self._present())
+        self.norm = torch.zeros_like(self.norm)
+
+    def forget(self, set_to_none: bool = True) -> None:
+        """As nn.Module.zero_grad, in whose place it stands."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _present(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+
+def _blocks(tensors: Sequence[Tensor], max_elements: int = 50_000_000) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype in groups of about max_elements, in order."""
+    block: list[Tensor] = []
+    for tensor in tensors:
+        is_other = block and block[0].dtype != tensor.dtype
+        if block and (is_other or sum(map(Tensor.numel, block)) + tensor.numel() > max_elements):
+            yield block
+            block = []
+        block.append(tensor)
+    if block:
+        yield block
