@@ -61,7 +61,8 @@ def plan_epoch(
 def _plan_update(lengths: Sequence[int], rows: list[int], world_size: int, token_budget: int) -> Update:
     rows = sorted(rows, key=lengths.__getitem__, reverse=True)
     total = sum(min(lengths[row], token_budget) for row in rows)
-    steps = max(1, -(-total // (token_budget * world_size)))
+    large = sum(2 * lengths[row] > token_budget for row in rows)  # no two of them share a micro-batch
+    steps = max(1, -(-total // (token_budget * world_size)), -(-large // world_size))
     while (bins := _pack(lengths, rows, steps * world_size, token_budget)) is None:
         steps += 1
     bins.sort(key=lambda rows: sum(lengths[row] for row in rows), reverse=True)

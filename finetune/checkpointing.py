@@ -1,5 +1,6 @@
 """transformers' Trainer with checkpoints that are written aside and published whole (finetune.saving)."""
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -66,10 +67,10 @@ class CheckpointingTrainer(Trainer, ABC):
         step = self.state.global_step
         written = saving.aside_dir(self.args.output_dir) / f"checkpoint-{step}"
         target = saving.checkpoint_dir(self.args.output_dir, step)
-        best = self.state.best_model_checkpoint
         super()._save_checkpoint(model, trial)
-        if self.state.best_global_step == step:
-            best = str(target)
+        # By its number: the path that a checkpoint remembers is another one after the folder has been moved.
+        number = self.state.best_global_step
+        best = str(saving.checkpoint_dir(self.args.output_dir, number)) if number else None
         self.state.best_model_checkpoint = best
         self._barrier()
         if self.args.should_save:
@@ -144,11 +145,19 @@ class CheckpointingTrainer(Trainer, ABC):
         """State by way of main memory: a GPU may be full, and transformers 5.17 fails on a CPU with several ranks."""
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint and (Path(checkpoint) / UNIVERSAL).exists() and self._zero_stage == 3:
-                repair_universal(self.deepspeed.optimizer.optimizer, (self.args.weight_decay, 0.0))
+            if checkpoint and (Path(checkpoint) / UNIVERSAL).exists():
+                self._after_universal(Path(checkpoint))
             return
         for name, target in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
             target.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
+    def _after_universal(self, checkpoint: Path) -> None:
+        """What DeepSpeed leaves out in stage 3; then the large part of the rewritten checkpoint is removed."""
+        if self._zero_stage == 3:
+            repair_universal(self.deepspeed.optimizer.optimizer, (self.args.weight_decay, 0.0))
+        self._barrier()
+        if self.args.should_save:
+            shutil.rmtree(checkpoint / (checkpoint / UNIVERSAL).read_text())
 
     def find_checkpoint(self) -> str | None:
         """Newest complete checkpoint, its progress taken over; what a crash left half-written is removed."""
@@ -172,6 +181,7 @@ class CheckpointingTrainer(Trainer, ABC):
         target = saving.aside_dir(self.args.output_dir) / f"universal-{checkpoint.name}"
         if self.args.should_save:
             self._say(f"it was written by {ranks} ranks, these are {self.args.world_size}: rewriting it")
+            saving.check_disk(target, sum(path.stat().st_size for path in checkpoint.rglob("*")))
             make_universal(checkpoint, target)
         self._barrier()
         self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}

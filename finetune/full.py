@@ -11,9 +11,9 @@ from finetune.final_model import complete
 from finetune.memory import full_memory, full_saved_bytes, host_memory, shape_of_config
 from finetune.norm_head import has_norm_head
 from finetune.prepare import say
-from finetune.room import Method, Room, layers_allowed
+from finetune.room import Method, Room
 from finetune.saving import check_host_memory
-from finetune.speed import Budget, choose_full_budget, full_flops_per_token, full_update_seconds
+from finetune.speed import Budget, choose_full_budget, full_flops_per_token, full_update_seconds, layers_allowed
 from finetune.zero import join_group, stage_of
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _choose_budget(room: Room, stage: str) -> Budget | None:
         room.memory_bytes,
         room.longest_row,
         room.tokens_per_update,
-        layers_kept=layers_allowed(room),
+        layers_kept=layers_allowed(room.arguments.train, room.shape.layers),
         tokens=room.arguments.train.tokens_per_micro_batch or None,
     )
 

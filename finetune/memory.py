@@ -22,6 +22,8 @@ from finetune.errors import UserError
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 HALF_BYTES = 2
 ADAM_STATE_BYTES = 8  # two moments, 32 bits each
+# Bytes of optimiser state of a trained weight, where it is not AdamW's in 32 bits.
+STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "adafactor": 1}
 LOSS_CHUNK_ROWS = 1024  # supervised positions whose logits exist at once
 LOSS_CHUNK_BYTES = 6  # their logits in 16 bits and in 32
 BUCKET_ELEMENTS = 200_000_000  # gradients or parameters in one DeepSpeed transfer

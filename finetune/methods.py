@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 from finetune.adamw import ADAMW, PAGED_ADAMW, fused_adamw
 from finetune.arguments import Arguments
 from finetune.memory import qlora_memory
-from finetune.room import Method, Room, layers_allowed
+from finetune.room import Method, Room
 from finetune.saving import checkpoint_bytes
 from finetune.speed import (
     Budget,
     choose_qlora_budget,
     filled,
+    layers_allowed,
     qlora_flops_per_token,
     qlora_tokens_per_second,
 )
@@ -48,7 +49,7 @@ def _choose_budget(room: Room) -> Budget | None:
         gpus=room.world_size,
         lora_bytes=room.trained_bytes,
         optimizer_bytes=room.state_bytes,
-        layers_kept=layers_allowed(room),
+        layers_kept=layers_allowed(room.arguments.train, room.shape.layers),
         tokens=room.arguments.train.tokens_per_micro_batch or None,
     )
 

@@ -20,7 +20,15 @@ from pathlib import Path
 from finetune.arguments import Arguments, nearest, parse_arguments
 from finetune.errors import UserError, run_main
 from finetune.gpus import GIB, GPUS, Gpu, found_gpu, named_gpu
-from finetune.memory import KNOWN_SHAPES, Shape, full_saved_bytes, shape_of_config, total
+from finetune.memory import (
+    ADAM_STATE_BYTES,
+    KNOWN_SHAPES,
+    STATE_BYTES,
+    Shape,
+    full_saved_bytes,
+    shape_of_config,
+    total,
+)
 from finetune.plan_options import Option, Workload, choose, counts, full_options, qlora_option, usable_bytes
 
 # Tokens of a Chinese or mixed text for each character, both vocabularies, and of the template around a turn.
@@ -110,8 +118,10 @@ def workload(arguments: Arguments, gpus: int, rows: int | None, mean_tokens: flo
             raise UserError("neither train_file nor --rows and --mean_tokens is given. Name the rows.")
         found_rows, found_tokens = rows_of_file(data.train_file, data.max_seq_length)
         rows, mean_tokens = rows or found_rows, mean_tokens or found_tokens
+    if not data.eval_file:
+        rows = max(1, rows - round(rows * data.eval_split_percentage / 100))
     per_update = train.per_device_train_batch_size * train.gradient_accumulation_steps * gpus
-    return Workload(rows, mean_tokens, train.num_train_epochs, data.max_seq_length, per_update)
+    return Workload(rows, mean_tokens, train.num_train_epochs, data.max_seq_length, per_update, train.max_steps)
 
 
 # ---- what is printed ----
@@ -122,17 +132,17 @@ def hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min"
 
 
-def table(options: Sequence[Option], gpu: Gpu, chosen: Option | None, price: float) -> str:
+def table(options: Sequence[Option], usable: float, chosen: Option | None, price: float) -> str:
     """One line an option: GiB per card by part, whether it fits, tokens of a micro-batch, time, money.
 
-    `price` is that of one card for an hour.
+    `usable` is in bytes a card, `price` that of one card for an hour.
     """
     names = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
     head = f"{'way':>10} {'cards':>5} " + " ".join(f"{name[:11]:>11}" for name in names)
     lines = [f"{head} {'GiB a card':>10} {'of':>6} {'tokens':>7} {'kept':>5} {'time':>8} {'money':>8}"]
     for option in options:
         values = " ".join(f"{option.parts[name] / GIB:11.1f}" for name in names)
-        needs = f"{total(option.parts) / GIB:10.1f} {usable_bytes(gpu) / GIB:6.1f}"
+        needs = f"{total(option.parts) / GIB:10.1f} {usable / GIB:6.1f}"
         if option.budget is None:
             rest = f"{'does not fit':>31}"
         else:
@@ -143,26 +153,31 @@ def table(options: Sequence[Option], gpu: Gpu, chosen: Option | None, price: flo
     return "\n".join(lines)
 
 
-def disk_lines(shape: Shape, way: str, rank: int, limit: int) -> str:
+def disk_lines(shape: Shape, way: str, arguments: Arguments) -> str:
     """Disk of a run: checkpoints kept, one while it is written, final/. `way` is qlora or a DeepSpeed stage."""
+    train, data = arguments.train, arguments.data
     if way == "qlora":
-        one, final = shape.lora_parameters(rank) * 12, shape.lora_parameters(rank) * 4
+        numbers = shape.lora_parameters(arguments.lora.lora_rank)
+        one, final = numbers * (4 + STATE_BYTES.get(train.optim, ADAM_STATE_BYTES)), numbers * 4
     else:
         one, final, _ = full_saved_bytes(shape.parameters, way)
-    needed = one * (limit + 1) + final
+    if train.save_strategy == "no":
+        return f"disk: {final / 1e9:.1f} GB free for final/; save_strategy is no"
+    limit, has_best = train.save_total_limit, bool(data.eval_file or data.eval_split_percentage)
+    needed = one * (limit + 1 + has_best) + final
     return (
         f"disk: {needed / 1e9:.1f} GB free for {limit} checkpoint{'s' if limit > 1 else ''} of {one / 1e9:.1f} GB, "
-        f"one more while it is written, and final/ of {final / 1e9:.1f} GB"
+        f"{'the best one, ' if has_best else ''}one more while it is written, and final/ of {final / 1e9:.1f} GB"
     )
 
 
-def advice(method: str, gpu: Gpu, gpus: int, shape: Shape, work: Workload) -> str:
+def advice(method: str, gpu: Gpu, gpus: int, shape: Shape, arguments: Arguments, work: Workload) -> str:
     """What to turn when nothing fits, with the cards that would do."""
     if method == "qlora":
-        enough = [g.name for g in GPUS if qlora_option(shape, g, gpus, 64, work).budget]
+        enough = [g.name for g in GPUS if qlora_option(shape, g, gpus, arguments, work).budget]
         turns = "lower max_seq_length, then lora_rank"
     else:
-        enough = [g.name for g in GPUS if choose(full_options(shape, g, gpus, work))]
+        enough = [g.name for g in GPUS if choose(full_options(shape, g, gpus, arguments.train, work))]
         turns = "lower max_seq_length, use more cards (--num_gpus), or train an adapter instead (make qwen-plan)"
     cards = f" Cards on which it fits: {', '.join(enough)}." if enough else ""
     return f"nothing fits on {gpus} x {gpu.name}: {turns}.{cards}"
@@ -172,22 +187,21 @@ def print_plan(
     method: str, shape: Shape, gpu: Gpu, gpus: int, arguments: Arguments, work: Workload, price: float
 ) -> int:
     """All tables; 0 when something fits on the cards asked for, else 1."""
-    rank, fp8 = arguments.lora.lora_rank, arguments.lora.fp8_backward
     if method == "qlora":
-        here = [qlora_option(shape, gpu, gpus, rank, work, fp8)]
-        others = [qlora_option(shape, gpu, n, rank, work, fp8) for n in counts(gpus)]
+        here = [qlora_option(shape, gpu, gpus, arguments, work)]
+        others = [qlora_option(shape, gpu, n, arguments, work) for n in counts(gpus)]
     else:
-        here = full_options(shape, gpu, gpus, work)
-        others = [choose(full_options(shape, gpu, n, work)) for n in counts(gpus)]
-    chosen = choose(here)
-    print(table(here, gpu, chosen, price))
+        here = full_options(shape, gpu, gpus, arguments.train, work)
+        others = [choose(full_options(shape, gpu, n, arguments.train, work)) for n in counts(gpus)]
+    chosen, usable = choose(here), usable_bytes(gpu, arguments.train.memory_limit_gib)
+    print(table(here, usable, chosen, price))
     print("\nby number of cards, the best way of each, the rows of an update kept as they are:")
     fitting = [option for option in others if option is not None]
-    print(table(fitting, gpu, None, price) if fitting else "  none fits")
+    print(table(fitting, usable, None, price) if fitting else "  none fits")
     print(TIMES)
-    print(f"\n{disk_lines(shape, (chosen or here[0]).name, rank, arguments.train.save_total_limit)}")
+    print(f"\n{disk_lines(shape, (chosen or here[0]).name, arguments)}")
     if chosen is None:
-        print(advice(method, gpu, gpus, shape, work))
+        print(advice(method, gpu, gpus, shape, arguments, work))
         return 1
     print(choice_lines(method, chosen, shape))
     return 0
@@ -200,10 +214,14 @@ def choice_lines(method: str, chosen: Option, shape: Shape) -> str:
     if chosen.host_bytes:
         lines.append(f"main memory for offloading: {chosen.host_bytes / GIB:.0f} GiB")
     lines.append(
-        "out of memory all the same? In this order: tokens_per_micro_batch halved, gradient_checkpointing true, "
-        "max_seq_length"
+        "out of memory all the same? In this order: a lower memory_limit_gib, which this plan follows; "
+        "gradient_checkpointing true and recompute_layers -1; a lower max_seq_length"
     )
     return "\n".join(lines + ([WALKTHROUGH] if method == "full" else []))
+
+
+def _how_long(work: Workload) -> str:
+    return f"max_steps {work.max_steps:,}" if work.max_steps > 0 else f"{work.epochs:g} epochs"
 
 
 def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -236,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"model: {model}, {shape.parameters / 1e9:.2f} B parameters, {shape.layers} layers")
     print(f"cards: {gpus} x {gpu.name} ({origin}), {gpu.memory_gib:.0f} GiB, {gpu.peak_tflops:.0f} TFLOP/s each")
     print(
-        f"rows: {work.rows:,} of about {work.tokens:.0f} tokens, {work.epochs:g} epochs, {work.rows_per_update} rows "
+        f"rows: {work.rows:,} of about {work.tokens:.0f} tokens, {_how_long(work)}, {work.rows_per_update} rows "
         f"an update: {work.updates:,} updates, {work.tokens_in_all / 1e6:.1f} M tokens"
     )
     if price:

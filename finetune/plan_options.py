@@ -2,16 +2,26 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from finetune.arguments import Arguments, TrainArguments
 from finetune.gpus import GIB, USED_SHARE, Gpu
-from finetune.memory import STAGES, Shape, full_memory, host_memory, qlora_memory
+from finetune.memory import (
+    ADAM_STATE_BYTES,
+    STAGES,
+    STATE_BYTES,
+    Shape,
+    full_memory,
+    host_memory,
+    qlora_memory,
+)
 from finetune.speed import (
     Budget,
     choose_full_budget,
     choose_qlora_budget,
     filled,
     full_update_seconds,
+    layers_allowed,
     qlora_tokens_per_second,
 )
 
@@ -20,22 +30,27 @@ CONTEXT_GIB = 0.8  # CUDA context and libraries
 
 @dataclass(frozen=True)
 class Workload:
-    """The rows to train on and how often: `tokens` is the mean of a row."""
+    """The rows to train on and how often: `tokens` is the mean of a row; max_steps above 0 stands over epochs."""
 
     rows: int
     tokens: float
     epochs: float
     longest_row: int
     rows_per_update: int
+    max_steps: int = -1
 
     @property
     def updates(self) -> int:
         """Optimiser updates in all."""
+        if self.max_steps > 0:
+            return self.max_steps
         return math.ceil(self.epochs * math.ceil(self.rows / self.rows_per_update))
 
     @property
     def tokens_in_all(self) -> float:
         """Trained tokens: an epoch's last update may be smaller than the others."""
+        if self.max_steps > 0:
+            return self.max_steps / math.ceil(self.rows / self.rows_per_update) * self.rows * self.tokens
         return self.epochs * self.rows * self.tokens
 
     @property
@@ -56,34 +71,64 @@ class Option:
     host_bytes: float = 0.0
 
 
-def usable_bytes(gpu: Gpu) -> float:
-    """What a plan may use of a card."""
-    return (gpu.memory_gib - CONTEXT_GIB) * USED_SHARE * GIB
+def usable_bytes(gpu: Gpu, limit_gib: float = 0) -> float:
+    """What a plan may use of a card, memory_limit_gib at most where that is set."""
+    return min(gpu.memory_gib - CONTEXT_GIB, limit_gib or math.inf) * USED_SHARE * GIB
 
 
-def qlora_option(shape: Shape, gpu: Gpu, gpus: int, rank: int, work: Workload, fp8: bool = False) -> Option:
+def _shown(budget: Budget | None, work: Workload) -> Budget:
+    """The budget with what its largest micro-batch holds; without one, a single row with every layer recomputed."""
+    return replace(budget, tokens=max(budget.tokens, work.longest_row)) if budget else Budget(work.longest_row, 0)
+
+
+def qlora_option(shape: Shape, gpu: Gpu, gpus: int, arguments: Arguments, work: Workload) -> Option:
     """QLoRA on so many cards, data parallel."""
-    budget = choose_qlora_budget(shape, rank, gpu, usable_bytes(gpu), work.longest_row, work.tokens_per_update, gpus)
-    shown = budget or Budget(work.longest_row, 0)
-    speed = qlora_tokens_per_second(shape, rank, gpu, filled(shown, work.tokens_per_update / gpus), fp8) * gpus
-    parts = qlora_memory(shape, rank, shown.tokens, shown.layers_kept, gpus=gpus)
+    train, rank = arguments.train, arguments.lora.lora_rank
+    state_bytes = STATE_BYTES.get(train.optim, ADAM_STATE_BYTES)
+    budget = choose_qlora_budget(
+        shape,
+        rank,
+        gpu,
+        usable_bytes(gpu, train.memory_limit_gib),
+        work.longest_row,
+        work.tokens_per_update,
+        gpus,
+        optimizer_bytes=state_bytes,
+        layers_kept=layers_allowed(train, shape.layers),
+        tokens=train.tokens_per_micro_batch or None,
+    )
+    shown = _shown(budget, work)
+    mean = filled(budget or shown, work.tokens_per_update / gpus)
+    speed = qlora_tokens_per_second(shape, rank, gpu, mean, arguments.lora.fp8_backward) * gpus
+    parts = qlora_memory(shape, rank, shown.tokens, shown.layers_kept, optimizer_bytes=state_bytes, gpus=gpus)
     return Option("qlora", gpus, parts, budget, work.tokens_in_all / speed)
 
 
-def full_option(shape: Shape, gpu: Gpu, gpus: int, stage: str, work: Workload) -> Option:
+def full_option(shape: Shape, gpu: Gpu, gpus: int, stage: str, train: TrainArguments, work: Workload) -> Option:
     """Full fine-tuning with a DeepSpeed stage; `none` is one card with 16-bit weights and moments."""
-    budget = choose_full_budget(shape, stage, gpu, gpus, usable_bytes(gpu), work.longest_row, work.tokens_per_update)
-    shown = budget or Budget(work.longest_row, 0)
+    budget = choose_full_budget(
+        shape,
+        stage,
+        gpu,
+        gpus,
+        usable_bytes(gpu, train.memory_limit_gib),
+        work.longest_row,
+        work.tokens_per_update,
+        layers_kept=layers_allowed(train, shape.layers),
+        tokens=train.tokens_per_micro_batch or None,
+    )
+    shown = _shown(budget, work)
     parts = full_memory(shape, stage, gpus, shown.tokens, shown.layers_kept)
     updates = work.tokens_in_all / work.tokens_per_update
-    seconds = updates * full_update_seconds(shape, gpu, shown, stage, gpus, work.tokens_per_update)
+    seconds = updates * full_update_seconds(shape, gpu, budget or shown, stage, gpus, work.tokens_per_update)
     return Option(stage, gpus, parts, budget, seconds, host_memory(shape, stage))
 
 
-def full_options(shape: Shape, gpu: Gpu, gpus: int, work: Workload) -> list[Option]:
+def full_options(shape: Shape, gpu: Gpu, gpus: int, train: TrainArguments, work: Workload) -> list[Option]:
     """Every stage on so many cards: `none` on one only, 1 to 3 on several, offloading on any number."""
     stages = [stage for stage in STAGES if gpus > 1 and stage != "none" or stage in ("none", "2-offload", "3-offload")]
-    return [full_option(shape, gpu, gpus, stage, work) for stage in stages if stage != "none" or gpus == 1]
+    stages = [stage for stage in stages if stage != "none" or gpus == 1]
+    return [full_option(shape, gpu, gpus, stage, train, work) for stage in stages]
 
 
 def choose(options: Sequence[Option]) -> Option | None:

@@ -115,8 +115,10 @@ class SharedInput:
         if x is not self._input or module not in self._waiting:
             alone = x is self._input
             members = [module] if alone else [member for member in self._frozen if _active_adapter(member)]
-            self._input = x
+            # None where the pass ends in here: recomputation and a lack of memory both raise, and must hold nothing.
+            self._input = None
             self._waiting.update(zip(members, self._outputs(members, x), strict=True))
+            self._input = x
         output = self._waiting.pop(module)
         if not self._waiting:
             self._input = None

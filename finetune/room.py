@@ -10,7 +10,7 @@ from finetune.adamw import PAGED_ADAMW
 from finetune.arguments import Arguments
 from finetune.errors import UserError
 from finetune.gpus import GIB, USED_SHARE, Gpu, found_gpu
-from finetune.memory import ADAM_STATE_BYTES, Shape, total
+from finetune.memory import ADAM_STATE_BYTES, STATE_BYTES, Shape, total
 from finetune.speed import Budget
 from finetune.zero import local_ranks, parameter_count
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from finetune.conversation import Sample
 
-# Bytes of optimiser state of a trained weight, where it is not AdamW's in 32 bits.
-STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "adafactor": 1}
 CPU_TOKEN_BUDGET = 2048
 
 
@@ -145,14 +143,6 @@ def decide_budget(method: Method, room: Room) -> Budget:
             "card (`make qwen-plan`, `make baichuan-plan`)."
         )
     return budget
-
-
-def layers_allowed(room: Room) -> tuple[int, int] | None:
-    """Least and most layers that may be kept by the JSON's word, None for any number."""
-    train, layers = room.arguments.train, room.shape.layers
-    if not train.gradient_checkpointing:
-        return layers, layers
-    return None if train.recompute_layers < 0 else (max(0, layers - train.recompute_layers),) * 2
 
 
 def predicted_peak(method: Method, room: Room, budget: Budget) -> float:

@@ -49,6 +49,8 @@ class RowError(ValueError):
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"{where} must be a non-empty string, got {json.dumps(value, ensure_ascii=False)[:60]}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RowError(f"{where} has half of a surrogate pair, as a cut emoji leaves it")
     return value
 
 

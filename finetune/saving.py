@@ -184,12 +184,16 @@ def free_host_memory() -> int | None:
     return min(values["MemAvailable"], _container_limit())
 
 
-def _container_limit() -> int:
-    """Bytes that a container's limit leaves (cgroup version 2), or a number larger than any memory."""
-    group = Path("/sys/fs/cgroup")
+def _container_limit(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a container's limit leaves (cgroup version 2), or a number larger than any memory.
+
+    Pages of files count as used there, and are given back to whoever needs them.
+    """
     try:
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return limit - used + int(counters["active_file"]) + int(counters["inactive_file"])
+    except (OSError, ValueError, KeyError):
         return 2**63
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from finetune.arguments import TrainArguments
 from finetune.gpus import Gpu
 from finetune.memory import (
     ADAM_STATE_BYTES,
@@ -50,6 +51,13 @@ class Budget:
 
     tokens: int
     layers_kept: int
+
+
+def layers_allowed(train: TrainArguments, layers: int) -> tuple[int, int] | None:
+    """Least and most of the `layers` that may be kept by the JSON's word, None for any number."""
+    if not train.gradient_checkpointing:
+        return layers, layers
+    return None if train.recompute_layers < 0 else (max(0, layers - train.recompute_layers),) * 2
 
 
 def qlora_tokens_per_second(shape: Shape, lora_rank: int, gpu: Gpu, budget: Budget, fp8: bool = False) -> float:
@@ -133,7 +141,8 @@ def choose_qlora_budget(
     """
 
     def fits(budget: Budget) -> bool:
-        parts = qlora_memory(shape, lora_rank, budget.tokens, budget.layers_kept, lora_bytes, optimizer_bytes, gpus)
+        held = max(budget.tokens, longest_row)  # a row longer than a fixed budget is a micro-batch of its own
+        parts = qlora_memory(shape, lora_rank, held, budget.layers_kept, lora_bytes, optimizer_bytes, gpus)
         return total(parts) <= memory_bytes
 
     least, most = layers_kept or (0, shape.layers)
@@ -165,7 +174,8 @@ def choose_full_budget(
         raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage}")
 
     def fits(budget: Budget) -> bool:
-        return total(full_memory(shape, stage, gpus, budget.tokens, budget.layers_kept)) <= memory_bytes
+        held = max(budget.tokens, longest_row)
+        return total(full_memory(shape, stage, gpus, held, budget.layers_kept)) <= memory_bytes
 
     least, most = layers_kept or (0, shape.layers)
     return _best(

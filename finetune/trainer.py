@@ -60,6 +60,7 @@ class UpdateTrainer(CheckpointingTrainer):
         self.plan = plan
         self.meter = meter or Meter(flops_per_token=0.0)
         self.progress = Progress()
+        self._seconds_before, self._started = 0.0, time.monotonic()
         self.stop = StopRequest()
         self.stop_signal = 0
         self.token_budget = plan.token_budget
@@ -103,7 +104,10 @@ class UpdateTrainer(CheckpointingTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.train_dataset.epoch = kwargs["epoch"]
-        super()._run_epoch(*args, **kwargs)
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed behind the last update: transformers would look at max_steps after one more
+            self.control.should_training_stop = True
 
     # ---- one update ----
 
@@ -296,12 +300,15 @@ class UpdateTrainer(CheckpointingTrainer):
     @torch.no_grad()
     def _evaluation_sums(self, samples: "Sequence[Sample]") -> tuple[float, int]:
         lengths = [len(sample.input_ids) for sample in samples]
-        plan = plan_epoch(lengths, len(samples), self.args.world_size, self.token_budget, 0, 0)[0]
+        # Dealt out by the budget that all ranks share, cut by this rank's own.
+        plan = plan_epoch(lengths, len(samples), self.args.world_size, self.plan.token_budget, 0, 0)[0]
+        parts = plan.micro_batches[self.args.process_index]
+        pieces = [piece for rows in parts for piece in cut_in_pieces(rows, lengths, self.token_budget)]
         total = torch.zeros(1, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            for rows in plan.micro_batches[self.args.process_index]:
+            for rows in pieces:
                 batch = self._prepare_input(collate([samples[row] for row in rows]))
                 total += model(**batch).loss.double()
         self.model.train()

@@ -31,16 +31,17 @@ def choose_stage(arguments: Arguments, num_gpus: int) -> tuple[str, str]:
         return ("1", "no card here, several processes") if num_gpus > 1 else ("none", "no card here, one process")
     require(arguments, model_name_or_path="Set BAICHUAN_MODEL_DIR in .env.")
     shape, work = shape_of(arguments.model.model_name_or_path), workload(arguments, num_gpus, None, None)
-    options = full_options(shape, gpu, num_gpus, work)
+    options = full_options(shape, gpu, num_gpus, arguments.train, work)
     chosen = choose(options)
     if chosen is None:
-        raise UserError(advice("full", gpu, num_gpus, shape, work))
+        raise UserError(advice("full", gpu, num_gpus, shape, arguments, work))
     others = [
         f"{option.name} " + (f"would take {hours(option.seconds)}" if option.budget else "does not fit")
         for option in options
         if option is not chosen
     ]
-    needs = f"{total(chosen.parts) / GIB:.0f} of {usable_bytes(gpu) / GIB:.0f} GiB on each {gpu.name}"
+    usable = usable_bytes(gpu, arguments.train.memory_limit_gib)
+    needs = f"{total(chosen.parts) / GIB:.0f} of {usable / GIB:.0f} GiB on each {gpu.name}"
     return chosen.name, f"{needs}, about {hours(chosen.seconds)}; {', '.join(others)}"
 
 

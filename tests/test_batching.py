@@ -91,3 +91,9 @@ def test_collate_of_nothing_is_one_unsupervised_token():
     batch = collate([])
     assert batch["input_ids"].shape == (1, 1) and batch["labels"].tolist() == [[-100]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 1]
+
+
+def test_many_rows_of_more_than_half_the_budget_are_packed_at_once():
+    lengths = [600 + index % 100 for index in range(20_000)]
+    (update,) = plan_epoch(lengths, len(lengths), 2, 1024, seed=0, epoch=0)
+    assert sorted(update.rows) == list(range(20_000)) and all(len(rows) == 1 for rows in update.micro_batches[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune import plan, plan_options
-from finetune.arguments import parse_arguments
+from finetune.arguments import TrainArguments, parse_arguments
 from finetune.errors import UserError
 from finetune.gpus import GIB, found_gpu, named_gpu
 from finetune.memory import (
@@ -33,6 +33,7 @@ from finetune.speed import (
 REPOSITORY = Path(__file__).resolve().parent.parent
 QWEN, BAICHUAN = KNOWN_SHAPES["qwen-14b"], KNOWN_SHAPES["baichuan2-7b"]
 H100 = named_gpu("H100")
+TRAIN = TrainArguments()
 
 # One H100 80GB, torch 2.11, the shipped commands (benchmarks/results): tokens of the largest micro-batch and of the
 # mean one, layers not recomputed, peak GiB that torch allocated, trained tokens per second. LoRA has rank 64.
@@ -165,14 +166,14 @@ def test_the_budget_fits_and_more_of_it_would_not() -> None:
 def test_two_a100s_need_stage_3_or_better_and_one_card_holds_a_7b() -> None:
     work = plan_options.Workload(rows=77_250, tokens=330, epochs=2, longest_row=512, rows_per_update=96)
     a100 = named_gpu("a100 80gb")
-    options = {option.name: option for option in plan_options.full_options(BAICHUAN, a100, 2, work)}
+    options = {option.name: option for option in plan_options.full_options(BAICHUAN, a100, 2, TRAIN, work)}
     assert list(options) == ["1", "2", "3", "2-offload", "3-offload"]
     assert plan_options.choose(list(options.values())).name in ("2", "3")
     assert options["3-offload"].seconds > options["3"].seconds
     assert work.updates == 2 * 805
-    alone = plan_options.choose(plan_options.full_options(BAICHUAN, a100, 1, work))
+    alone = plan_options.choose(plan_options.full_options(BAICHUAN, a100, 1, TRAIN, work))
     assert alone.name == "none"
-    small = plan_options.full_options(BAICHUAN, named_gpu("4090"), 1, work)
+    small = plan_options.full_options(BAICHUAN, named_gpu("4090"), 1, TRAIN, work)
     assert next(option for option in small if option.name == "none").budget is None
 
 
@@ -230,3 +231,37 @@ def test_the_command_line_says_what_to_do_when_nothing_fits() -> None:
     unknown = run_plan("--model", "qwen-14b", "--gpu", "A1000-80G", "--rows", "100", "--mean_tokens", "50")
     assert unknown.returncode == 2 and "did you mean `A100-80G`" in unknown.stderr
     assert "qwen-7b" in run_plan("--model", "nowhere").stderr
+
+
+def printed(capsys: pytest.CaptureFixture, *more: str) -> str:
+    flags = ["--model", "qwen-14b", "--gpu", "A40", "--rows", "2000", "--mean_tokens", "160"]
+    plan.main([*flags, "--train_args_file", str(REPOSITORY / "qwen_qlora/config/qwen-14b-qlora.json"), *more])
+    return capsys.readouterr().out
+
+
+def test_the_plan_follows_what_the_experiment_fixes(capsys: pytest.CaptureFixture) -> None:
+    plain = printed(capsys)
+    short = printed(capsys, "--max_steps", "10")
+    assert "max_steps 10, " in short and ": 10 updates" in short
+    assert "at most 1,024 tokens" in printed(capsys, "--tokens_per_micro_batch", "1024")
+    assert "0 of 40 layers not recomputed" in printed(capsys, "--recompute_layers", "40")
+    assert "rows: 1,000 of" in printed(capsys, "--eval_split_percentage", "50")
+    limited = printed(capsys, "--memory_limit_gib", "24")
+    needed = [float(line.split()[8]) for line in limited.splitlines() if "<- choice" in line]
+    assert needed and needed[0] <= 24 and f"{24 * 0.94:.1f}" in limited
+    smaller = printed(capsys, "--optim", "paged_adamw_8bit")
+    assert "of 3.0 GB" in plain and "of 1.5 GB" in smaller  # 249 M numbers of 6 bytes, not of 12
+    assert "the best one" in printed(capsys, "--eval_split_percentage", "5")
+
+
+def test_a_row_longer_than_a_fixed_budget_is_counted() -> None:
+    card, room = named_gpu("4090"), plan_options.usable_bytes(named_gpu("4090"))
+    budget = choose_qlora_budget(QWEN, 64, card, room, 2048, 8000, tokens=512)
+    assert budget.tokens == 512 and budget.layers_kept < 40
+    assert total(qlora_memory(QWEN, 64, 2048, budget.layers_kept)) <= room
+    assert total(qlora_memory(QWEN, 64, 2048, budget.layers_kept + 1)) > room
+
+
+def test_advice_counts_the_rank_that_is_asked_for(capsys: pytest.CaptureFixture) -> None:
+    text = printed(capsys, "--gpu", "4090", "--lora_rank", "1024")
+    assert "nothing fits on 1 x RTX-4090" in text and "RTX-4090" not in text.split("Cards on which it fits:")[1]

@@ -187,6 +187,31 @@ def test_shared_inputs_are_projected_once_and_nothing_is_held(quantised, monkeyp
     assert len(shared) == 8 and not any(one._waiting or one._input is not None for one in shared)
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_recomputed_layers_hold_nothing_after_the_backward_pass(quantised, num_layers):
+    """torch ends a recomputation by raising inside the last projection."""
+    model = adapted(quantised)
+    fuse_projections(model)
+    checkpoint_layers(model, num_layers)
+    model(**collate(random_samples(LENGTHS))).loss.backward()
+    shared = {module.forward.func for module in model.modules() if hasattr(module, "_peft_forward")}
+    assert not any(one._waiting or one._input is not None for one in shared)
+
+
+def test_a_pass_out_of_memory_holds_nothing(quantised, monkeypatch):
+    model = adapted(quantised)
+    fuse_projections(model)
+    last = model.get_decoder().layers[1].mlp.down_proj
+
+    def no_memory(*words):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(last.forward.func, "_outputs", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(**collate(random_samples(LENGTHS)))
+    assert last.forward.func._input is None
+
+
 def test_a_member_called_with_another_input_computes_alone(quantised):
     model, plain = adapted(quantised), adapted(quantised)
     fuse_projections(model)

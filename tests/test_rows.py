@@ -57,6 +57,13 @@ def test_a_bad_line_is_named_with_its_reason(tmp_path, line, reason):
     assert "a.jsonl:2: " in str(error.value) and reason in str(error.value)
 
 
+def test_half_of_an_emoji_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"conversation": [{"human": "a", "assistant": "\\ud83d"}]}\n')
+    with pytest.raises(UserError, match=":1: .*half of a surrogate pair"):
+        read_rows(path)
+
+
 def test_ten_problems_are_shown_and_the_rest_counted(tmp_path):
     with pytest.raises(UserError) as error:
         read_rows(write(tmp_path / "a.jsonl", *["{}"] * 13))

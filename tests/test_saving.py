@@ -88,3 +88,15 @@ def test_main_memory_is_refused_when_short() -> None:
     saving.check_host_memory(free // 4, "saving")
     with pytest.raises(UserError, match="saving needs .* GiB of main memory"):
         saving.check_host_memory(free * 4, "saving")
+
+
+def test_a_containers_pages_of_files_are_free(tmp_path):
+    for name, value in (
+        ("max", "4000"),
+        ("current", "3500"),
+        ("stat", "anon 500\nactive_file 1000\ninactive_file 2000\n"),
+    ):
+        (tmp_path / f"memory.{name}").write_text(value)
+    assert saving._container_limit(tmp_path) == 3500
+    (tmp_path / "memory.max").write_text("max")
+    assert saving._container_limit(tmp_path) == 2**63

@@ -303,3 +303,57 @@ def test_forgotten_gradients_are_gone(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, make_samples(4), max_steps=1)
     trainer.run()
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1.5}])
+def test_a_run_stopped_in_its_last_update_is_not_trained_further(tmp_path: Path, length: dict) -> None:
+    """Neither end is that of an epoch, which has 6 updates."""
+    settings = {"save_strategy": "steps", "save_steps": 3, **length}
+    whole = make_trainer(tmp_path / "whole", model=make_model(0.2), **settings)
+    whole.run()
+    last = whole.state.global_step
+    stopped = make_trainer(tmp_path / "stopped", model=make_model(0.2), **settings)
+    stopped.add_callback(_Kill(last))
+    assert stopped.run() == signal.SIGTERM
+    again = make_trainer(tmp_path / "stopped", model=make_model(0.2), **settings)
+    assert again.run() == 0
+    assert again.state.global_step == last and again.progress.tokens == whole.progress.tokens
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, again.model.get_parameter(name)), name
+
+
+def test_the_best_checkpoint_survives_a_move_of_the_folder(tmp_path: Path) -> None:
+    settings = {"evaluation": make_samples(5, 9), "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.5}
+    settings |= {"metric_for_best_model": "loss", "save_strategy": "steps", "save_steps": 2}
+    first = make_trainer(tmp_path / "here", max_steps=8, **settings)
+    first.run()
+    best = first.state.best_global_step
+    assert best < 8 and [step for step, _ in saving.list_checkpoints(tmp_path / "here")] == [8, best]
+    (tmp_path / "here").rename(tmp_path / "there")
+    second = make_trainer(tmp_path / "there", max_steps=12, **settings)
+    second.run()
+    assert second.state.best_global_step == best
+    assert second.state.best_model_checkpoint == str(tmp_path / "there" / f"checkpoint-{best}")
+    assert [step for step, _ in saving.list_checkpoints(tmp_path / "there")] == [12, best]
+
+
+def test_evaluation_obeys_a_lowered_budget_and_deals_by_the_shared_one(tmp_path: Path, monkeypatch) -> None:
+    from finetune import trainer as module
+
+    held, dealt, sizes = make_samples(9, 9), [], []
+    trainer = make_trainer(tmp_path, budget=60)
+    expected = trainer.evaluate(held)["eval_loss"]
+    plan_epoch, collate = module.plan_epoch, module.collate
+    monkeypatch.setattr(module, "plan_epoch", lambda *words: dealt.append(words[3]) or plan_epoch(*words))
+    monkeypatch.setattr(
+        module, "collate", lambda rows: sizes.append(sum(len(row.input_ids) for row in rows)) or collate(rows)
+    )
+    trainer.token_budget = 24
+    assert trainer.evaluate(held)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert dealt == [60] and max(sizes) <= 24
+
+
+def test_time_can_be_marked_before_training_begins(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.mark_time()
+    assert 0 <= trainer.progress.seconds < 60
