@@ -8,7 +8,6 @@ Writes into the folder it is given. Exit status 2 when the check fails.
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +15,8 @@ from typing import Any
 
 from finetune.errors import UserError, run_main
 from finetune.norm_head import fold_head
+from finetune.tensor_files import INDEX, copy_besides_weights
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-# Markers and reports of other steps' results, and the list of the base's own weight files.
-NOT_COPIED = ("conversion.json", "download.json", "merge.json", "complete.json", "model.safetensors.index.json")
-NOT_COPIED += ("CONVERTED.md", "TRAINED.md", "train_args.json", "train_report.json", "config.json")
 TRAINED = """\
 # Trained files
 
@@ -36,9 +32,7 @@ def complete(folder: Path, base_dir: str | Path, norm_head: bool) -> None:
     base_dir = Path(base_dir)
     if norm_head:
         fold_head(folder)
-    for path in sorted(base_dir.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in NOT_COPIED:
-            shutil.copyfile(path, folder / path.name)
+    copy_besides_weights(base_dir, folder, INDEX, "config.json", "CONVERTED.md", "TRAINED.md")
     _write_config(folder, base_dir)
     _write_notice(folder, base_dir, norm_head)
     for path in folder.iterdir():

@@ -21,12 +21,10 @@ from finetune.identity import ADAPTER_CONFIG, adapter_fingerprint, check_adapter
 from finetune.lora_weights import LoraWeights
 from finetune.merge_check import check_merge
 from finetune.models import check_model_dir
-from finetune.tensor_files import read_header, shard_files, tensor_places, write_shard
+from finetune.tensor_files import copy_besides_weights, read_header, shard_files, tensor_places, write_shard
 
 MARKER = "merge.json"
 PLAN = "merge_plan.json"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-NOT_COPIED = ("conversion.json", "download.json", MARKER)  # markers of other steps' results
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -72,20 +70,12 @@ def _write_weights(files: list[Path], lora: LoraWeights, partial: Path) -> None:
         countdown.advance(1)
 
 
-def _copy_small_files(model_dir: Path, partial: Path) -> None:
-    """Config, tokenizer, chat template, generation config, index, licences: everything that is not weights."""
-    for path in sorted(model_dir.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in NOT_COPIED:
-            shutil.copyfile(path, partial / path.name)
-            (partial / path.name).chmod(0o644)
-
-
 def write_merged(model_dir: Path, adapter_dir: Path, target: Path) -> None:
     """Write the merged checkpoint's files into an existing folder; weight files that are there already stay."""
     tied = bool((_read_json(model_dir / "config.json") or {}).get("tie_word_embeddings"))
     lora = LoraWeights(adapter_dir, tensor_places(model_dir), tied)
     _write_weights(shard_files(model_dir), lora, target)
-    _copy_small_files(model_dir, target)
+    copy_besides_weights(model_dir, target)
     print(f"merged: {len(lora.updates)} updated and {len(lora.replacements)} replaced tensors")
 
 

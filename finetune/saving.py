@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from finetune.checkpoint.manifest import sync
 from finetune.errors import UserError
 
 MARKER = "complete.json"
@@ -52,28 +53,20 @@ def read_marker(folder: str | Path) -> dict[str, Any] | None:
         return None
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def publish(written: str | Path, target: str | Path, record: dict[str, Any]) -> None:
     """Finish a folder written aside: flush its files, write the marker, rename it to `target` (replacing that)."""
     written, target = Path(written), Path(target)
     for path in written.rglob("*"):
         if path.is_file():
-            _flush(path)
+            sync(path)
     marker = written / MARKER
     marker.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _flush(marker)
-    _flush(written)
+    sync(marker)
+    sync(written)
     if target.exists():
         shutil.rmtree(target)
     os.rename(written, target)
-    _flush(target.parent)
+    sync(target.parent)
 
 
 def clear_aside(output_dir: str | Path) -> None:

@@ -5,6 +5,7 @@ A file is 8 bytes with the header's length, the header as JSON (name -> dtype, s
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,20 @@ from finetune.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+# What other steps say of the folder that they made.
+RECORDS = ("conversion.json", "download.json", "merge.json", "complete.json", "train_args.json", "train_report.json")
+
+
+def copy_besides_weights(source: Path, target: Path, *but: str) -> None:
+    """Config, tokenizer, chat template, licences: every file of a model that is no weights and no record, nor in `but`.
+
+    The copies are readable for all.
+    """
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (*RECORDS, *but):
+            shutil.copyfile(path, target / path.name)
+            (target / path.name).chmod(0o644)
 
 
 @dataclass(frozen=True)
