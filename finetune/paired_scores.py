@@ -5,16 +5,18 @@ may have a domain. Every evaluation here writes such a file.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.answer_way import check_same_way, read_way, way_of
 from finetune.errors import UserError
 from finetune.statistics import SIGNIFICANT, bootstrap_interval, compare, holm, mean, paired_bootstrap
+from finetune.text_files import read_json_lines
 
 Record = dict[str, Any]
+ASKED = ("row", "prompt", "gold")  # of a record, known before it is answered
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,10 @@ class Difference:
 def read_records(path: Path) -> list[Record]:
     """Raises UserError when the file is missing or holds something else."""
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = read_json_lines(path)
         if records and all({"row", "prompt", "gold", "predicted"} <= set(r) and score_key(r) for r in records):
             return records
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected the records of an evaluation (.jsonl), but {error}") from None
     raise UserError(f"{path}: expected the records of an evaluation, JSON lines with row, prompt, gold, predicted.")
 
@@ -61,14 +63,26 @@ def score_key(record: Record) -> str | None:
     return next((key for key in ("correct", "bleu") if key in record), None)
 
 
-def check_same_rows(before: Sequence[Record], after: Sequence[Record], name: str) -> None:
-    """Raise UserError unless both answered the same questions."""
-    asked, others = ([(r["row"], r["prompt"], r["gold"], score_key(r)) for r in rows] for rows in (before, after))
-    if asked != others:
+def check_same_rows(first: Sequence[Record], second: Sequence[Record], name: str) -> None:
+    """Raise UserError unless both are of the same questions, and of one kind of score where they have one already."""
+    asked, others = ([[record.get(key) for key in ASKED] for record in records] for records in (first, second))
+    kinds = {score_key(record) for record in (*first, *second)} - {None}
+    if asked != others or len(kinds) > 1:
         raise UserError(
-            f"{name}: expected the same questions before and after, found {len(before)} and {len(after)} that differ. "
-            "Evaluate both models on one test file with one limit."
+            f"{name}: expected the same questions for both models, found {len(first)} and {len(second)} that differ. "
+            "Evaluate both on one set of data with one limit."
         )
+
+
+def check_comparable(
+    asked: Sequence[Record], config: dict[str, Any], others: Sequence[Record], path: Path, name: str
+) -> None:
+    """Raise UserError unless a run of these rows and this configuration can be compared with the records of a file.
+
+    To be called before the hours of work.
+    """
+    check_same_rows(asked, others, name)
+    check_same_way(way_of(config), read_way(path), name)
 
 
 def difference(name: str, before: Sequence[Record], after: Sequence[Record]) -> Difference:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 Row = Sequence[str]
 NUMBER = re.compile(r"[-+]?[\d.,]+(e-?\d+)?( %| points)?|-")
+TAG = re.compile(r"<(?=[A-Za-z/!?])")
+LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def width(text: str) -> int:
@@ -26,10 +28,15 @@ def text_table(header: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def markdown_table(header: Row, rows: Sequence[Row]) -> list[str]:
-    """The same as Markdown, columns of numbers to the right; line ends and bars inside a cell are made harmless."""
+    """The same as Markdown, columns of numbers to the right; line ends, bars and tags inside a cell are only shown."""
     right = [bool(rows) and all(NUMBER.fullmatch(row[column]) for row in rows) for column in range(len(header))]
     lines = [header, ["---:" if is_number else "---" for is_number in right], *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in row) + " |" for row in lines]
+    return ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in lines]
+
+
+def _markdown_cell(text: str) -> str:
+    """What a page shows as this text. A < that opens no tag stays, as in < 0.001."""
+    return LINE_END.sub("<br>", TAG.sub("&lt;", text.replace("|", "\\|")))
 
 
 def percent(value: float) -> str:

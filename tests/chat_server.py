@@ -61,6 +61,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         if status == 503:
             self.send_header("Retry-After", "0.01")
+        if status == 504:
+            self.send_header("x-should-retry", "false")
         self.end_headers()
         self.wfile.write(body)
 

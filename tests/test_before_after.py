@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -94,15 +95,23 @@ def test_domains_are_adjusted_for_their_number():
 
 
 def test_records_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(UserError, match="same questions before and after, found 2 and 3"):
+    with pytest.raises(UserError, match="same questions for both models, found 2 and 3"):
         check_same_rows(graded([True] * 2), graded([True] * 3), "test")
-    for text in ("", "{}\n", "nothing\n"):
+    with pytest.raises(UserError, match="found 2 and 2 that differ"):
+        check_same_rows(graded([True] * 2), graded([0.5] * 2), "test")
+    check_same_rows([{"row": 0, "prompt": "第0问", "gold": "对"}], graded([True]), "test")
+    for text in ("", "{}\n", "nothing\n", "3\n"):
         (tmp_path / "records.jsonl").write_text(text)
         with pytest.raises(UserError, match=r"records.jsonl: expected the records"):
             read_records(tmp_path / "records.jsonl")
     pairs = samples(graded([True] * 50), graded([False] * 50), 8)
     rows = [first["row"] for first, _ in pairs]
     assert len(set(rows)) == 8 and rows == sorted(rows) and rows != list(range(8))
+
+
+def test_records_are_read_line_feed_by_line_feed(tmp_path):
+    records = [row | {"predicted": f"一\u2028二\u2029三{chr(0x85)}四\r五"} for row in graded([True, False])]
+    assert read_records(Path(write(tmp_path / "records.jsonl", records))) == records
 
 
 def conversation(line, human, assistant):
@@ -137,10 +146,15 @@ def test_contamination_by_hand():
 
 def test_a_page_in_both_forms(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG data")
-    blocks = [Heading("标题 <1>", 1), Text("a & b"), Table(["x", "y"], [["1|2", "<b>\n3"]])]
+    blocks = [
+        Heading("标题 <1>", 1),
+        Text("a & b"),
+        Table(["x", "y"], [["1|2", "<b>\n3"], ["< 0.001\r\n4\r5", "</b><!--"]]),
+    ]
     blocks.append(Picture(tmp_path / "a.png", "curve"))
     text = markdown(blocks, tmp_path / "pages")
-    assert text == ("# 标题 <1>\n\na & b\n\n| x | y |\n| --- | --- |\n| 1\\|2 | <b><br>3 |\n\n![curve](../a.png)\n")
+    rows = "| 1\\|2 | &lt;b><br>3 |\n| < 0.001<br>4<br>5 | &lt;/b>&lt;!-- |"
+    assert text == f"# 标题 <1>\n\na & b\n\n| x | y |\n| --- | --- |\n{rows}\n\n![curve](../a.png)\n"
     page = html_page(blocks)
     assert "<h1>标题 &lt;1&gt;</h1>" in page and "<p>a &amp; b</p>" in page and "<td>&lt;b&gt;\n3</td>" in page
     assert '<td class="short">1|2</td>' in page and "overflow-wrap:anywhere" in page, "long words widen no column"

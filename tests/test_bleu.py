@@ -56,7 +56,7 @@ def test_a_finished_file_is_scored_alone_and_twice_changes_nothing(tmp_path, run
     finished = tmp_path / "answers.txt"
     rows = [
         ("问一", "今天天气好", "今天天气很好"),
-        ("问\n二", "", "今天"),
+        ("问\n二", "", f"今天\u2028{chr(0x85)}"),
         ("问三", "今天\t天气很好\n", "今天\t天气很好\n"),
     ]
     keys = ("input", "predict", "target")
@@ -66,12 +66,14 @@ def test_a_finished_file_is_scored_alone_and_twice_changes_nothing(tmp_path, run
     printed = run(*files(tmp_path)).out
     expected = [0.578930, 0, 1]  # exp(-1/5) (3/4 2/3 1/2)^(1/4)
     scored = (tmp_path / "bleu" / "scored.txt").read_text(encoding="utf-8")
-    assert scored.splitlines() == [
+    assert scored.split("\n") == [
         "问一\t今天天气好\t今天天气很好\t0.578930",
-        "问\\n二\t\t今天\t0.000000",
+        f"问\\n二\t\t今天\u2028{chr(0x85)}\t0.000000",
         "问三\t今天\\t天气很好\\n\t今天\\t天气很好\\n\t1.000000",
         f"average\t\t\t{sum(expected) / 3:.6f}",
+        "",
     ]
+    assert [record["bleu"] for record in bleu.read_scores(tmp_path / "bleu" / "scored.jsonl")][1:] == [0, 1]
     summary = json.loads((tmp_path / "bleu" / "scored.json").read_text(encoding="utf-8"))
     assert summary["bleu"] == pytest.approx(sum(expected) / 3, abs=1e-6)
     assert summary["bleu_with_n_plus_1"] == pytest.approx(sum(expected) / 4, abs=1e-6)
@@ -86,6 +88,9 @@ def test_files_that_are_something_else_are_refused(tmp_path, run):
     path = tmp_path / "answers.txt"
     path.write_text("问\t答\t参考\n\n问\t答\n", encoding="utf-8")
     with pytest.raises(UserError, match="answers.txt:3: expected JSON with input, predict and target"):
+        read_answers(path)
+    path.write_text('{"input": "问", "predict": null, "target": "None"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="answers.txt:1: expected JSON .* predict is None, not a text"):
         read_answers(path)
     path.write_text("\ufeff问\t答\t参考\n", encoding="utf-8")
     assert read_answers(path) == [{"row": 1, "input": "问", "predict": "答", "target": "参考"}]
@@ -122,6 +127,10 @@ def test_killed_and_restarted_gives_the_same_files(tiny_qwen, questions, tmp_pat
     assert "going on behind" in done.err and "no difference beyond chance" in done.out
     assert contents(cut) == contents(whole) and not partial.exists()
     assert run(*files(cut), *local, "1").out.startswith("already answered")
+    few = tmp_path / "few"
+    with pytest.raises(UserError, match=f"scored.jsonl: expected the same questions .* found 2 and {ROWS}"):
+        run(*files(few), *local, "1", "--limit", "2", "--compare_with", whole / "bleu" / "scored.jsonl")
+    assert not few.exists()
     run(*files(engine), *local, "16", "--answer", "engine")
     assert contents(engine) == contents(whole)
     about = json.loads((whole / "bleu" / "scored.json").read_text(encoding="utf-8"))["generation"]
@@ -133,4 +142,9 @@ def test_a_seeded_run_gives_the_same_bytes(tiny_qwen, questions, tmp_path, run):
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
         run(*files(tmp_path / name), *options, "--temperature", "0.8", "--top_p", "0.9", "--seed", seed)
     assert contents(tmp_path / "first") == contents(tmp_path / "again") != contents(tmp_path / "other")
-    assert len(read_answers(tmp_path / "first" / "answers.txt")) == 6
+    finished = tmp_path / "first" / "answers.txt"
+    assert len(read_answers(finished)) == 6
+    finished.write_text("问\t另一个模型的回答\t参考\n", encoding="utf-8")
+    run(*files(tmp_path / "first"))
+    summary = json.loads((tmp_path / "first" / "bleu" / "scored.json").read_text(encoding="utf-8"))
+    assert summary["generation"] is None and summary["rows"] == 1

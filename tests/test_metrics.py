@@ -20,10 +20,16 @@ from qwen_qlora.evaluation.metrics import (
         ("是", "请回答是或否", ["是", "否"]),
         ("是", "请回答“是”或“不是”", ["是", "不是"]),
         ("是", "", ["是", "否"]),
-        ("不是", "", ["是", "不是"]),
+        ("不是", "请回答“是”或“不是”", ["是", "不是"]),
+        ("是", "判断是否相同，只回答是或不是。", ["是", "不是"]),
+        ("不是", "判断是否相同，只回答是或不是。", ["是", "不是"]),
+        ("对", "对得上吗？回答对或不对。句子一：我错了", ["对", "不对"]),
+        ("不对", "对得上吗？回答对或不对。句子一：我错了", ["对", "不对"]),
+        ("错", "说得对不对？只答：错/对。", ["对", "错"]),
+        ("对", "说得对不对？只答：错/对。", ["对", "错"]),
         ("相同", "输出相同或不同", ["相同", "不同"]),
         ("相同", "输出相同或不相同", ["相同", "不相同"]),
-        ("不同", "", ["相同", "不同"]),
+        ("不同", "一样就输出相同，否则输出不同", ["相同", "不同"]),
     ],
 )
 def test_answers_valid_for_a_row(gold, prompt, texts):
@@ -33,6 +39,12 @@ def test_answers_valid_for_a_row(gold, prompt, texts):
 @pytest.mark.parametrize("gold", ["北京、天气", "相同的句子", "两句话", "关键词：医保、报销", ""])
 def test_other_answers_have_no_pair(gold):
     assert answers_for(gold) is None
+
+
+@pytest.mark.parametrize("word", ["是", "不是", "否"])
+def test_the_words_a_file_uses_come_before_the_prompt(word):
+    answers = answers_for(word, "请回答“是”或“否”", {"是", "不是"})
+    assert answers is None if word == "否" else answers.texts() == ["是", "不是"]
 
 
 def test_a_word_inside_its_own_negation_is_not_named():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from threading import Event
 
 import pandas
 import pytest
@@ -14,10 +15,12 @@ from openpyxl import Workbook
 from finetune.errors import UserError
 from finetune.models import load_for_inference
 from llm_code.llm_evaluation import mmcu
+from llm_code.llm_evaluation.answering import Decoding, Prompt
 from llm_code.llm_evaluation.mmcu_data import find_data_dir, read_questions, read_shots, stem_of
 from llm_code.llm_evaluation.mmcu_prompts import prompt
 from llm_code.llm_evaluation.mmcu_report import verdict
 from llm_code.llm_evaluation.mmcu_statistics import by_subject, compare_runs, make_record, summarise
+from llm_code.llm_evaluation.service_answerer import Service
 from tests.chat_server import ChatServer
 from tests.service_process import ServiceProcess
 from tests.test_mmcu_scoring import ask as make_question
@@ -137,7 +140,7 @@ def test_comparison_by_hand():
     clear = compare_runs(ours[:6], theirs[:6], "other")
     assert verdict(clear).startswith("This run is better")
     assert verdict(compare_runs(theirs[:6], ours[:6], "other")).startswith("This run is worse")
-    with pytest.raises(UserError, match="same 6 questions"):
+    with pytest.raises(UserError, match="other: expected the same questions for both models, found 6 and 8"):
         compare_runs(ours[:6], theirs, "other")
 
 
@@ -239,6 +242,113 @@ def test_a_busy_service_is_asked_again_and_a_refusal_is_told(tiny_qwen, tmp_path
         with pytest.raises(UserError, match="HTTP 401.*turned off.*API_KEY"):
             run(tmp_path / "refused", "--answer", "service", "--service_url", server.url, *limits)
     assert len(mmcu.read_answers(tmp_path / "busy")) == 5
+
+
+class ScriptedServer(ChatServer):
+    """Answers as `reply(body)` says: (status, text of the answer or of the error)."""
+
+    def __init__(self, reply):
+        super().__init__(None, None)
+        self.reply = reply
+
+    def answer(self, body):
+        with self.lock:
+            self.requests.append(body)
+        status, text = self.reply(body)
+        return status, {"choices": [{"message": {"content": text}}]} if status == 200 else {"error": {"message": text}}
+
+
+def answers_of(service, texts):
+    """{number: answer} until the error, and the error."""
+    prompts, answers = [Prompt(text) for text in texts], {}
+    try:
+        for pairs in service.answer(prompts, service.plan(prompts)):
+            answers |= dict(pairs)
+    except UserError as error:
+        return answers, error
+    return answers, None
+
+
+def test_a_service_is_asked_without_the_checkpoints_penalty_and_limit():
+    with ScriptedServer(lambda body: (200, "A")) as server:
+        service = Service(server.url, Decoding(4))
+        assert answers_of(service, ["问"]) == ({0: "A"}, None)
+        [body] = server.requests
+        assert body["repetition_penalty"] == 1 and body["top_k"] == -1
+        assert service.identity([])["repetition_penalty"] == 1
+
+
+def test_a_server_of_the_plain_protocol_is_asked_in_it(capsys):
+    def reply(body):
+        return (400, "Unrecognized request argument supplied: top_k") if "top_k" in body else (200, "A")
+
+    with ScriptedServer(reply) as server:
+        assert answers_of(Service(server.url, Decoding(4), concurrency=1), ["一", "二"]) == ({0: "A", 1: "A"}, None)
+        assert ["top_k" in body for body in server.requests] == [True, False, False]
+    assert "refuses repetition_penalty, top_k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["context_length_exceeded", "This model's maximum context length is 256 tokens."])
+def test_a_question_that_does_not_fit_is_named_when_the_others_are_answered(words):
+    def reply(body):
+        return (400, words) if len(body["messages"][0]["content"]) > 9 else (200, "A")
+
+    with ScriptedServer(reply) as server:
+        answers, error = answers_of(Service(server.url, Decoding(4)), ["一", "长" * 99, "二", "三"])
+        assert answers == {0: "A", 2: "A", 3: "A"} and len(server.requests) == 4
+    assert "1 of 4 questions do not fit the service's context, first question 2, '长长" in str(error)
+
+
+def test_a_refusal_keeps_what_is_on_its_way_and_a_vain_retry_is_left_out():
+    refused = Event()
+
+    def reply(body):
+        if body["messages"][0]["content"] == "坏问题":
+            refused.set()
+            return 504, "not finished within 600 seconds"
+        return (200, "A") if refused.wait(10) and not time.sleep(0.3) else (500, "never")
+
+    with ScriptedServer(reply) as server:
+        answers, error = answers_of(Service(server.url, Decoding(4), concurrency=3), ["坏问题", "一", "二", "三", "四"])
+        assert {1: "A", 2: "A"}.items() <= answers.items() and "HTTP 504" in str(error)
+        assert sum(body["messages"][0]["content"] == "坏问题" for body in server.requests) == 1
+
+
+def test_records_are_read_line_feed_by_line_feed(tmp_path):
+    records = records_of([("法律", "法律", "A", f"选\u2028B\u2029或{chr(0x85)}C")])
+    (tmp_path / "answers.jsonl").write_text("".join(map(mmcu.canonical_line, records)), encoding="utf-8")
+    assert mmcu.read_answers(tmp_path) == records
+
+
+def test_another_runs_questions_are_compared_before_any_is_answered(data, tmp_path, run, monkeypatch):
+    with ScriptedServer(lambda body: (200, "A")) as server:
+        options = ("--answer", "service", "--service_url", server.url)
+        run(tmp_path / "few", *options, "--limit", "4")
+        asked = len(server.requests)
+        with pytest.raises(UserError, match="few: expected the same questions for both models, found 9 and 4"):
+            run(tmp_path / "more", *options, "--limit", "9", "--compare_with", tmp_path / "few")
+        assert len(server.requests) == asked and not (tmp_path / "more").exists()
+
+        def break_off(*args):
+            raise OSError("disk full")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(mmcu, "summarise", break_off)
+            with pytest.raises(OSError, match="disk full"):
+                run(tmp_path / "more", *options, "--limit", "9")
+        asked = len(server.requests)
+        assert "going on behind" in run(tmp_path / "more", *options, "--limit", "9").err
+        assert len(server.requests) == asked and not (tmp_path / "more" / "partial.jsonl").exists()
+
+
+def test_a_run_of_fewer_subjects_leaves_no_file_of_the_others(data, tmp_path, run):
+    (tmp_path / "notes.txt").write_text("mine")
+    with ScriptedServer(lambda body: (200, "A")) as server:
+        for limit in ("0", "3"):
+            run(tmp_path, "--answer", "service", "--service_url", server.url, "--limit", limit)
+    subjects = {record["subject"] for record in mmcu.read_answers(tmp_path)}
+    reports = {"answers.jsonl", "report.json", "report.md", "report.png", "report.txt", "notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == reports | subjects and len(subjects) <= 3
 
 
 def test_what_is_missing_is_named(tmp_path, run):

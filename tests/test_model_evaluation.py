@@ -15,7 +15,7 @@ from finetune.partial_results import PartialResults
 from finetune.pictures import find_cjk_font
 from finetune.rows import Row, Turn
 from qwen_qlora.evaluation import model_evaluation
-from qwen_qlora.evaluation.cases import case_of, require_labels
+from qwen_qlora.evaluation.cases import cases_of, require_labels
 from qwen_qlora.evaluation.confusion_plot import plot_confusion
 from qwen_qlora.evaluation.metrics import confusion_matrix
 from qwen_qlora.evaluation.results import (
@@ -33,16 +33,38 @@ SAME, DIFFERENT = "答案：相同", "答案：不相同"
 
 
 def case(line, gold, prompt="两句话相同吗"):
-    return case_of(Row(line, (Turn(prompt, gold),)))
+    return cases_of([Row(line, (Turn(prompt, gold),))])[0]
 
 
 def test_a_case_asks_everything_before_the_last_answer():
     row = Row(3, (Turn("一", "甲"), Turn("二", "不相似")), system="系统")
-    built = case_of(row)
+    [built] = cases_of([row])
     assert [message["content"] for message in built.messages] == ["系统", "一", "甲", "二"]
     assert (built.line, built.gold, built.answers.texts()) == (3, "不相似", ["相似", "不相似"])
     assert built.prompt == "system: 系统\nuser: 一\nassistant: 甲\nuser: 二"
     assert case(1, SAME).prompt == "两句话相同吗"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "判断下面两句话的意思是否相同，只回答是或不是。\n句子一：甲",
+        "是否相同？只答“不是”或“是”。若是则答是，否则答不是。",
+        "两句话相同吗",
+    ],
+)
+@pytest.mark.parametrize(("negative", "likelihoods"), [("不是", (-2.0, -0.1)), ("否", (-2.0, -9.0))])
+def test_a_model_that_always_says_the_same_is_right_for_half_the_rows(prompt, negative, likelihoods):
+    golds = ["是", negative] * 5
+    cases = cases_of([Row(i, (Turn(prompt, gold),)) for i, gold in enumerate(golds)])
+    assert {tuple(asked.answers.texts()) for asked in cases} == {("是", negative)}
+    assert summarise([make_record(asked, likelihoods) for asked in cases])["accuracy"]["value"] == 0.5
+
+
+def test_a_gold_answer_against_its_prompt_has_no_pair():
+    golds = ["是", "否", "不是"]
+    cases = cases_of([Row(i, (Turn("只回答是或否", gold),)) for i, gold in enumerate(golds)])
+    assert [asked.answers and asked.answers.texts() for asked in cases] == [["是", "否"], ["是", "否"], None]
 
 
 def test_records_of_generated_text():
@@ -71,7 +93,7 @@ def test_rows_without_a_pair_are_refused_for_likelihoods():
 def records():
     """Labels: same as same, same as different, different as different, different as nonsense; one row of keywords."""
     cases = [case(1, SAME), case(2, SAME), case(3, DIFFERENT), case(4, DIFFERENT), case(5, "医保、报销")]
-    texts = (SAME, DIFFERENT, "不相同", "呃，\n“不”", "报销")
+    texts = (SAME, DIFFERENT, "不相同", f"呃，\n“不”\u2028\u2029{chr(0x85)}", "报销")
     return [make_record(asked, text) for asked, text in zip(cases, texts, strict=True)]
 
 
@@ -106,7 +128,7 @@ def test_comparison_of_two_results(records, tmp_path):
     result = compare_records(records, files.jsonl)
     assert (result["only_this_right"], result["only_other_right"]) == (0, 3)
     assert result["mcnemar_exact_p"] == pytest.approx(2 / 8)
-    with pytest.raises(UserError, match="same 4 rows"):
+    with pytest.raises(UserError, match="same questions for both models, found 4 and 5"):
         compare_records(records[:4], files.jsonl)
     with pytest.raises(UserError, match="of an evaluation"):
         read_records(tmp_path / "missing.jsonl")
@@ -213,10 +235,29 @@ def test_killed_and_restarted_gives_the_same_files(tiny_qwen, questions, tmp_pat
     with pytest.raises(UserError, match="expected both models asked in one way"):
         run(tiny_qwen, questions, cut.csv, *options, "--compare_with", str(whole.jsonl))
 
+    other = ResultFiles(tmp_path / "other.csv")
+    with pytest.raises(UserError, match=f"whole.jsonl: expected the same questions .* found 3 and {ROWS}"):
+        run(tiny_qwen, questions, other.csv, "--limit", "3", "--compare_with", str(whole.jsonl))
+    assert not other.partial.exists() and not other.jsonl.exists()
+
     before = cut.csv.stat().st_mtime_ns
     again = run(tiny_qwen, questions, cut.csv, *options)
     assert again.out.startswith("already done") and "accuracy" in again.out
     assert cut.csv.stat().st_mtime_ns == before
+
+
+def test_answers_are_kept_until_the_metrics_are_written(tiny_qwen, questions, tmp_path, run, monkeypatch):
+    files, options = ResultFiles(tmp_path / "result.csv"), ("--limit", "6", "--mode", "likelihood")
+
+    def break_off(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(model_evaluation, "write_metrics", break_off)
+        with pytest.raises(OSError, match="disk full"):
+            run(tiny_qwen, questions, files.csv, *options)
+    assert "going on behind 6 of 6 rows" in run(tiny_qwen, questions, files.csv, *options).err
+    assert not files.partial.exists()
 
 
 def test_likelihood_of_an_adapter_and_the_limit(tiny_qwen, questions, tmp_path, run):

@@ -15,12 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune.answer_way import check_same_way, read_way, way_of
 from finetune.errors import UserError, run_main
+from finetune.paired_scores import check_comparable, check_same_rows
 from finetune.partial_results import canonical_json, config_hash, sha256_of
 from finetune.statistics import SIGNIFICANT, paired_bootstrap
 from finetune.tables import percent
-from finetune.text_files import write_aside
+from finetune.text_files import read_json_lines, write_aside
 from llm_code.llm_evaluation.answering import Decoding, Prompt
 from llm_code.llm_evaluation.asking import add_model_flags, collect, make_answerer
 from llm_code.llm_evaluation.bleu_files import (
@@ -51,16 +51,20 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def answer_questions(args: argparse.Namespace) -> None:
-    """Write the model's answers to --input_file, unless they are there already."""
+def answer_questions(args: argparse.Namespace, others: list[dict[str, Any]] | None) -> None:
+    """Write the model's answers to --input_file, unless they are there already. Raises UserError before it asks.
+
+    `others` are the records of --compare_with.
+    """
     from finetune.report import git_commit
 
     questions = read_questions(args.test_file)[: args.limit or None]
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     answerer, prompts = make_answerer(args, decoding), [Prompt(question.input) for question in questions]
     config = {"test_file": sha256_of(args.test_file), "limit": args.limit} | answerer.identity(prompts)
-    if args.compare_with:
-        check_same_way(way_of(config), read_way(Path(args.compare_with)), f"--compare_with {args.compare_with}")
+    if others is not None:
+        rows = [{"row": q.row, "prompt": q.input, "gold": q.target} for q in questions]
+        check_comparable(rows, config, others, Path(args.compare_with), f"--compare_with {args.compare_with}")
     record = args.input_file.with_name(args.input_file.name + ".json")
     if is_answered(args.input_file, record, config):
         return print(f"already answered: {args.input_file}")
@@ -77,21 +81,22 @@ def answer_questions(args: argparse.Namespace) -> None:
 
 def is_answered(path: Path, record: Path, config: dict[str, Any]) -> bool:
     """Whether the finished file is the one that this configuration gives."""
-    about = read_record(record)
-    if about is None or not path.exists() or about["answers"] != sha256_of(path):
-        return False
-    return canonical_json(about["config"]) == canonical_json(config)
+    about = read_record(path, record)
+    return about is not None and canonical_json(about["config"]) == canonical_json(config)
 
 
-def read_record(record: Path) -> dict[str, Any] | None:
-    """What made a finished file; None for one from elsewhere."""
-    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
+def read_record(path: Path, record: Path) -> dict[str, Any] | None:
+    """What made a finished file; None for one that is missing, comes from elsewhere or was changed afterwards."""
+    if not (path.exists() and record.exists()):
+        return None
+    about = json.loads(record.read_text(encoding="utf-8"))
+    return about if about.get("answers") == sha256_of(path) else None
 
 
 def read_scores(path: str) -> list[dict[str, Any]]:
     """Records of a scored file's .jsonl. Raises UserError when it is none."""
     try:
-        records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        records = read_json_lines(path)
         if records and all("bleu" in record for record in records):
             return records
     except (OSError, ValueError) as error:
@@ -99,24 +104,26 @@ def read_scores(path: str) -> list[dict[str, Any]]:
     raise UserError(f"{path}: expected the .jsonl file beside a scored file, which `make baichuan-eval-bleu` writes.")
 
 
-def compare(answers: list[dict[str, Any]], scores: list[float], path: str) -> dict[str, Any]:
-    """Paired bootstrap against another result. Raises UserError when its questions are others."""
-    others = read_scores(path)
-    asked = [(answer["input"], answer["target"]) for answer in answers]
-    if asked != [(record["prompt"], record["gold"]) for record in others]:
-        raise UserError(f"{path}: expected the same {len(asked)} questions as {len(others)} there. Use one test file.")
-    return {"other": path} | paired_bootstrap(scores, [record["bleu"] for record in others])
+def score_answers(args: argparse.Namespace, others: list[dict[str, Any]] | None) -> None:
+    """Score --input_file into --save_file and the files beside it; prints the summary.
 
-
-def score_answers(args: argparse.Namespace) -> None:
-    """Score --input_file into --save_file and the files beside it; prints the summary."""
+    `others` are the records of --compare_with. Raises UserError when their questions are others.
+    """
     from llm_code.llm_evaluation.bleu_scoring import score_pairs
 
-    files, answers = ScoreFiles(args.save_file), read_answers(args.input_file)
+    files, answers, comparison = ScoreFiles(args.save_file), read_answers(args.input_file), None
+    if others is not None:
+        rows = [{"row": a["row"], "prompt": a["input"], "gold": a["target"]} for a in answers]
+        check_same_rows(rows, others, f"--compare_with {args.compare_with}")
     scores, summary = score_pairs([(answer["predict"], answer["target"]) for answer in answers])
-    comparison = compare(answers, scores, args.compare_with) if args.compare_with else None
+    if others is not None:
+        comparison = {"other": args.compare_with} | paired_bootstrap(scores, [record["bleu"] for record in others])
     record = args.input_file.with_name(args.input_file.name + ".json")
-    about = {"answers": sha256_of(args.input_file), "generation": read_record(record), "comparison": comparison}
+    about = {
+        "answers": sha256_of(args.input_file),
+        "generation": read_record(args.input_file, record),
+        "comparison": comparison,
+    }
     about["versions"] = {name: version(name) for name in ("nltk", "sacrebleu", "jieba")}
     write_aside(files.scored, scored_text(answers, scores, summary["bleu"]))
     write_aside(files.records, records_text(answers, scores))
@@ -159,15 +166,14 @@ def main() -> None:
     """Answer if there are questions, then score."""
     args = parse_args()
     ScoreFiles(args.save_file)
-    if args.compare_with:
-        read_scores(args.compare_with)  # a wrong name is told before the hour of work
+    others = read_scores(args.compare_with) if args.compare_with else None
     if args.test_file:
-        answer_questions(args)
+        answer_questions(args, others)
     elif args.model_name_or_path or args.service_url:
         raise UserError(
             "a model needs --test_file, the questions to ask; without a model --input_file is scored alone."
         )
-    score_answers(args)
+    score_answers(args, others)
 
 
 if __name__ == "__main__":

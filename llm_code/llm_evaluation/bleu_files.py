@@ -74,7 +74,9 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
     for number, line in _lines(path):
         try:
             row = json.loads(line) if line.startswith("{") else dict(zip(KEYS, line.split("\t"), strict=True))
-            answers.append({"row": row.get("row", number)} | {key: str(row[key]) for key in KEYS})
+            if others := [key for key in KEYS if not isinstance(row[key], str)]:
+                raise ValueError(f"{others[0]} is {row[others[0]]!r}, not a text")
+            answers.append({"row": row.get("row", number)} | {key: row[key] for key in KEYS})
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"{path}:{number}: expected JSON with input, predict and target, or these three separated by tabs, "

@@ -16,10 +16,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from finetune.answer_way import check_same_way, read_way, way_of
 from finetune.errors import UserError, run_main
-from finetune.partial_results import canonical_json, config_hash
-from finetune.text_files import write_aside
+from finetune.paired_scores import check_comparable
+from finetune.partial_results import PartialResults, canonical_json, config_hash
+from finetune.text_files import read_json_lines, write_aside
 from llm_code.llm_evaluation.answering import Decoding, Prompt
 from llm_code.llm_evaluation.asking import add_model_flags, collect, make_answerer
 from llm_code.llm_evaluation.mmcu_data import (
@@ -34,6 +34,7 @@ from llm_code.llm_evaluation.mmcu_data import (
 from llm_code.llm_evaluation.mmcu_prompts import LETTERS, MODES, opening, prompt
 from llm_code.llm_evaluation.mmcu_statistics import (
     Record,
+    asked,
     by_subject,
     compare_runs,
     make_record,
@@ -71,7 +72,7 @@ def read_answers(folder: str | Path) -> list[Record]:
     """Records of a finished run. Raises UserError when the folder holds none."""
     path = Path(folder) / "answers.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected the answers of an MMCU run, but {error}") from None
 
@@ -85,9 +86,22 @@ def finished_report(save_dir: Path, config: dict[str, Any]) -> dict[str, Any] | 
     return report if canonical_json(report["config"]) == canonical_json(config) else None
 
 
-def ask(args: argparse.Namespace, questions: Sequence[Question], prompts: dict, answerer: Any, config: dict) -> dict:
-    """Answer what is not answered yet, write records and subject files; returns how long it took."""
-    (args.save_dir / "report.json").unlink(missing_ok=True)  # from here on the other files may be of another run
+def remove_report(save_dir: Path) -> None:
+    """What says that a run is complete, and its subject files: the next run may be of fewer subjects."""
+    (save_dir / "report.json").unlink(missing_ok=True)
+    records = read_answers(save_dir) if (save_dir / "answers.jsonl").exists() else []
+    for subject in by_subject(records):
+        (save_dir / subject).unlink(missing_ok=True)
+
+
+def ask(
+    args: argparse.Namespace, questions: Sequence[Question], prompts: dict, answerer: Any, config: dict
+) -> tuple[dict[str, Any], PartialResults]:
+    """Answer what is not answered yet, write records and subject files; returns how long it took, and the partial file.
+
+    The caller removes that file when the report is written.
+    """
+    remove_report(args.save_dir)
     unique = list({p.text: p for mode in MODES for p in prompts[mode]}.values())  # most questions ask the same twice
     texts, timing, partial = collect(answerer, unique, args.save_dir / "partial.jsonl", config)
     answers = {p.text: text for p, text in zip(unique, texts, strict=True)}
@@ -95,11 +109,10 @@ def ask(args: argparse.Namespace, questions: Sequence[Question], prompts: dict, 
         make_record(question, answers[official.text], answers[strict.text])
         for question, official, strict in zip(questions, prompts["official"], prompts["strict"], strict=True)
     ]
-    for subject, part in by_subject(records).items():
-        write_aside(args.save_dir / subject, subject_file(part))
     write_aside(args.save_dir / "answers.jsonl", "".join(canonical_line(record) for record in records))
-    partial.remove()
-    return timing
+    for subject, part in by_subject(records).items():  # after the records, which say what to remove
+        write_aside(args.save_dir / subject, subject_file(part))
+    return timing, partial
 
 
 def canonical_line(record: Record) -> str:
@@ -139,19 +152,21 @@ def main() -> None:
 
     config = {"data": data_hash(data_dir), "ntrain": args.ntrain, "limit": args.limit}
     config |= answerer.identity([p for mode in MODES for p in prompts[mode]])
-    if args.compare_with:  # what is wrong with it is told before the hour of work
-        read_answers(args.compare_with)
-        other = Path(args.compare_with) / "answers.jsonl"
-        check_same_way(way_of(config), read_way(other), f"--compare_with {args.compare_with}")
-    done = finished_report(args.save_dir, config)
+    if args.compare_with:
+        rows, path = [asked(question) for question in questions], Path(args.compare_with) / "answers.jsonl"
+        check_comparable(rows, config, read_answers(path.parent), path, f"--compare_with {args.compare_with}")
+    done, partial = finished_report(args.save_dir, config), None
     if done:
         print(f"already done: {args.save_dir}")
         timing, commit = done["timing"], done["git_commit"]
     else:
-        timing, commit = ask(args, questions, prompts, answerer, config), git_commit(Path(__file__).parent)
+        timing, partial = ask(args, questions, prompts, answerer, config)
+        commit = git_commit(Path(__file__).parent)
     model = args.adapter_name_or_path or args.model_name_or_path or config["model"]
     about = {"model": model, "git_commit": commit, "remarks": remarks, "timing": timing}
     write_report(args, about | {"config": config, "config_hash": config_hash(config)})
+    if partial:
+        partial.remove()
 
 
 if __name__ == "__main__":

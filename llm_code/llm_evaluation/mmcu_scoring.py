@@ -11,14 +11,22 @@ import unicodedata
 LETTERS = "ABCD"
 NO_ANSWER = "未成功回答"  # the benchmark's word for an answer without a letter
 OPENING = r"[\"'“”‘’(\[【*\s]*"
-# letters with at most three separators between them, not part of a word or a number, not called wrong
-GROUP = r"([A-D](?:[ ,、;和及与]{0,3}[A-D])*)(?![A-Za-z0-9])(?!\s*项?\s*(?:不|错))"
+RUN = r"[A-D]++(?![A-Za-z0-9])"  # not part of a word or a number
+LISTED = r"(?:[ ,、;/和及与]|以及|and)"
+# A.B.C is a list, but "A.B细胞" is option A and its text
+DOTTED = r"\.(?=(?>[A-D](?:\.[A-D])*)(?![A-Za-z0-9\u4e00-\u9fff]))"
+BETWEEN = rf"(?:{LISTED}{{1,4}}|[)\]】]{LISTED}{{,3}}[(\[【]|\*\*{LISTED}{{,3}}\*\*|{DOTTED})"
+WRONG = r"\s*(?:选?项)?[都均]?\s*(?:不|错)"
+# a list of letters as a whole or not at all: a part of it would be another answer; not one that is called wrong
+GROUP = rf"((?>{RUN}(?:{BETWEEN}{RUN})*))(?!{WRONG})"
+CHOICE = rf"(?:{GROUP}|({RUN})(?=,\s*{RUN}{WRONG}))"  # in "选A，B不对" the list ends before what is called wrong
 STATED = re.compile(
-    rf"(?:答案|正确选项|正确的选项|(?i:answer))(?:的?(?:序号|选项))?\s*(?:应该|应当|应)?\s*(?:是|为|选|:|=|is\b)*\s*{OPENING}{GROUP}"
-    rf"|(?<!不)(?:故|应|应当|应该|所以|因此),?\s*(?:本题)?选择?(?:是|为|:)*\s*{OPENING}{GROUP}"
+    rf"(?:答案|正确选项|正确的选项|(?i:answer))(?:的?(?:序号|选项))?\s*(?:应该|应当|应)?\s*(?:是|为|选|:|=|is\b)*\s*{OPENING}{CHOICE}"
+    rf"|(?<!不)(?:故|应|应当|应该|所以|因此),?\s*(?:本题)?选择?(?:是|为|:)*\s*{OPENING}{CHOICE}"
 )
-CHOSEN = re.compile(rf"(?<![不没别勿未])选择?(?:是|为|:)*\s*{OPENING}{GROUP}")
-FIRST_LINE = re.compile(r"[\s(\[【*\"'“]*([A-Da-d](?:[\s,、;和及与]*[A-Da-d])*)[\s)\]】*\"'”.。、,:]*")
+CHOSEN = re.compile(rf"(?<![不没别勿未])选择?(?:是|为|:)*\s*{OPENING}{CHOICE}")
+BETWEEN_ALONE = r"[\s,、;/.和及与()\[\]【】*]*"
+FIRST_LINE = re.compile(rf"[\s(\[【*\"'“]*([A-Da-d](?:{BETWEEN_ALONE}[A-Da-d])*)[\s)\]】*\"'”.。、,:]*")
 AT_START = re.compile(rf"{OPENING}{GROUP}(?![\u4e00-\u9fff])")
 ALONE = re.compile(rf"(?:(?<![A-Za-z0-9\u4e00-\u9fff])|(?<=[选项是为择案号])){GROUP}")
 

@@ -7,7 +7,7 @@ same four with official_ before them in the benchmark's own.
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.paired_scores import check_same_rows
 from finetune.statistics import compare, holm, mean, share
 from llm_code.llm_evaluation.mmcu_data import DOMAINS, Question
 from llm_code.llm_evaluation.mmcu_prompts import options_text
@@ -24,18 +24,24 @@ PREFIXES = {"official": "official_", "strict": ""}
 INVALID = {"official": NO_ANSWER, "strict": ""}
 
 
-def make_record(question: Question, official_answer: str, strict_answer: str) -> Record:
-    """One question with the answers to its two prompts."""
-    gold, predicted = strict_gold(question.answer), strict_prediction(strict_answer)
-    script_gold, script_predicted = official_gold(question.answer), official_prediction(official_answer)
+def asked(question: Question) -> Record:
+    """The part of a question's record that is known before it is answered."""
     return {
         "row": question.row,
         "domain": question.domain,
         "subject": question.subject,
         "prompt": question.text + options_text("strict", question),
-        "gold": gold,
+        "gold": strict_gold(question.answer),
+    }
+
+
+def make_record(question: Question, official_answer: str, strict_answer: str) -> Record:
+    """One question with the answers to its two prompts."""
+    known, predicted = asked(question), strict_prediction(strict_answer)
+    script_gold, script_predicted = official_gold(question.answer), official_prediction(official_answer)
+    return known | {
         "predicted": predicted,
-        "correct": bool(predicted) and predicted == gold,
+        "correct": bool(predicted) and predicted == known["gold"],
         "answer": strict_answer,
         "official_gold": script_gold,
         "official_predicted": script_predicted,
@@ -87,12 +93,7 @@ def compare_runs(records: Sequence[Record], others: Sequence[Record], other_name
 
     Raises UserError when the other run did not answer the same questions.
     """
-    asked = [(record["row"], record["prompt"], record["gold"]) for record in records]
-    if asked != [(record["row"], record["prompt"], record["gold"]) for record in others]:
-        raise UserError(
-            f"{other_name}: expected the same {len(asked)} questions as this run, found others ({len(others)}). "
-            "Run both models on one set of data with one --limit."
-        )
+    check_same_rows(records, others, other_name)
     result: dict[str, Any] = {"other": other_name}
     for mode, prefix in PREFIXES.items():
         key, ours, theirs = prefix + "correct", by_subject(records), by_subject(others)

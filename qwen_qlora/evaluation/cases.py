@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from finetune.errors import UserError
 from finetune.rows import Row
-from qwen_qlora.evaluation.answers import Answers, answers_for
+from qwen_qlora.evaluation.answers import Answers, answers_for, bare_word
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,16 @@ class EvaluationCase:
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
 
 
-def case_of(row: Row) -> EvaluationCase:
-    """The case of one row."""
-    *messages, last = row.messages()
-    gold = last["content"]
-    return EvaluationCase(row.line, tuple(messages), gold, answers_for(gold, messages[-1]["content"]))
+def cases_of(rows: Sequence[Row]) -> list[EvaluationCase]:
+    """The cases of a whole file: rows that are left out later may tell which words its answers use."""
+    turns = [row.messages() for row in rows]
+    used = {bare_word(last["content"]) for *_, last in turns}
+    return [
+        EvaluationCase(
+            row.line, tuple(asked), last["content"], answers_for(last["content"], asked[-1]["content"], used)
+        )
+        for row, (*asked, last) in zip(rows, turns, strict=True)
+    ]
 
 
 def require_labels(cases: Sequence[EvaluationCase], path: str) -> None:

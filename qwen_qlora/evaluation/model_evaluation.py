@@ -15,16 +15,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune.answer_way import check_same_way, read_way, way_of
 from finetune.countdown import Countdown
 from finetune.errors import run_main
 from finetune.identity import adapter_fingerprint, check_adapter, fingerprint
 from finetune.models import check_model_dir
+from finetune.paired_scores import check_comparable
 from finetune.partial_results import PartialResults, canonical_json, config_hash, sha256_of
 from finetune.rows import read_rows
-from qwen_qlora.evaluation.cases import EvaluationCase, case_of, require_labels
+from qwen_qlora.evaluation.cases import EvaluationCase, cases_of, require_labels
 from qwen_qlora.evaluation.results import (
     ResultFiles,
+    asked,
     compare_records,
     make_record,
     read_metrics,
@@ -63,8 +64,7 @@ def parse_args() -> argparse.Namespace:
 
 def read_cases(args: argparse.Namespace) -> list[EvaluationCase]:
     """The test file's rows up to the limit. Raises UserError on a bad file, or one that likelihood mode can't score."""
-    rows = read_rows(args.test_file)
-    cases = [case_of(row) for row in rows[: args.limit or None]]
+    cases = cases_of(read_rows(args.test_file))[: args.limit or None]
     if args.mode == "likelihood":
         require_labels(cases, args.test_file)
     return cases
@@ -116,8 +116,13 @@ def plan_likelihood(
     return plan_cases(scored, budget), lambda todo: score_batches(model, tokenizer, scored, todo)
 
 
-def compute(args: argparse.Namespace, cases: list, prompts: list, config: dict, files: ResultFiles) -> dict[str, Any]:
-    """Answer every case that is not in the partial file, write the records; returns how long it took."""
+def compute(
+    args: argparse.Namespace, cases: list, prompts: list, config: dict, files: ResultFiles
+) -> tuple[dict[str, Any], PartialResults]:
+    """Answer every case that is not in the partial file, write the records; returns how long it took, and that file.
+
+    The caller removes it when the metrics are written.
+    """
     from finetune.models import load_for_inference
 
     partial = PartialResults(files.partial, config)
@@ -136,12 +141,12 @@ def compute(args: argparse.Namespace, cases: list, prompts: list, config: dict, 
         countdown.advance(len(pairs))
     results = dict(pair for pairs in partial.batches.values() for pair in pairs)
     write_records(files, [make_record(case, results[index]) for index, case in enumerate(cases)])
-    partial.remove()
-    return {
+    timing = {
         "rows_computed": countdown.done - countdown.first,
         "seconds": round(countdown.seconds, 3),
         "rows_per_second": round(countdown.rate, 3),
     }
+    return timing, partial
 
 
 def finish(args: argparse.Namespace, config: dict, files: ResultFiles, timing: dict[str, Any]) -> None:
@@ -181,8 +186,6 @@ def main() -> None:
     model_dir = check_model_dir(args.model_name_or_path)
     if args.adapter_name_or_path:
         check_adapter(args.adapter_name_or_path, model_dir)
-    if args.compare_with:
-        read_records(args.compare_with)  # a wrong name is told before the hour of work
 
     import torch
 
@@ -195,14 +198,17 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = run_config(args, prompts, args.token_budget or default_token_budget(device), default_dtype())
     if args.compare_with:
-        check_same_way(way_of(config), read_way(Path(args.compare_with)), f"--compare_with {args.compare_with}")
-    done = read_metrics(files)
+        rows, others, path = [asked(case) for case in cases], read_records(args.compare_with), Path(args.compare_with)
+        check_comparable(rows, config, others, path, f"--compare_with {path}")
+    done, partial = read_metrics(files), None
     if done and canonical_json(done["config"]) == canonical_json(config):
         print(f"already done: {files.csv}")
         timing = done["timing"]
     else:
-        timing = compute(args, cases, prompts, config, files)
+        timing, partial = compute(args, cases, prompts, config, files)
     finish(args, config, files, timing)
+    if partial:
+        partial.remove()
 
 
 if __name__ == "__main__":

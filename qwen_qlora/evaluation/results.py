@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.paired_scores import check_same_rows
 from finetune.statistics import compare, share
-from finetune.text_files import write_aside
+from finetune.text_files import read_json_lines, write_aside
 from qwen_qlora.evaluation.answers import normalise
 from qwen_qlora.evaluation.cases import EvaluationCase
 from qwen_qlora.evaluation.metrics import classification_report, keyword_report
@@ -36,11 +37,16 @@ class ResultFiles:
         self.partial = self.csv.with_name(self.csv.stem + ".partial.jsonl")
 
 
+def asked(case: EvaluationCase) -> Record:
+    """The part of a case's record that is known before it is answered."""
+    return {"row": case.line, "prompt": case.prompt, "gold": case.gold}
+
+
 def make_record(case: EvaluationCase, result: str | Sequence[float]) -> Record:
     """One result row from generated text, or from the log-likelihoods of the two valid answers."""
     scores = None if isinstance(result, str) else list(result)
     predicted = result if scores is None else case.answers.texts()[scores[1] > scores[0]]
-    record: Record = {"row": case.line, "prompt": case.prompt, "gold": case.gold, "predicted": predicted}
+    record = asked(case) | {"predicted": predicted}
     if case.answers is None:
         correct, classes = normalise(predicted) == normalise(case.gold), (None, None)
     else:
@@ -95,7 +101,7 @@ def read_metrics(files: ResultFiles) -> dict[str, Any] | None:
 def read_records(path: str | Path) -> list[Record]:
     """Records of a result's JSONL file. Raises UserError when it is none."""
     try:
-        records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        records = read_json_lines(path)
         if records and all("correct" in record and "row" in record for record in records):
             return records
     except (OSError, ValueError) as error:
@@ -106,12 +112,7 @@ def read_records(path: str | Path) -> list[Record]:
 def compare_records(records: Sequence[Record], other_path: str | Path) -> dict[str, Any]:
     """McNemar's test between two results over the same rows. Raises UserError when the rows differ."""
     others = read_records(other_path)
-    asked = [(record["row"], record["prompt"], record["gold"]) for record in records]
-    if asked != [(record["row"], record["prompt"], record["gold"]) for record in others]:
-        raise UserError(
-            f"{other_path}: expected the same {len(asked)} rows as this result, found others ({len(others)} rows). "
-            "Evaluate both models on one test file with one --limit."
-        )
+    check_same_rows(records, others, str(other_path))
     result = compare([r["correct"] for r in records], [r["correct"] for r in others])
     return {"other": str(other_path)} | result
 
