@@ -140,12 +140,21 @@ def fetch_model(wish: Wish, original: Path) -> ModuleType | None:
         check_place(folder)
         if layout is not None:
             check_target_free(wish.model_dir)
+            _check_two_folders(wish, original)
         check_space(folder, wish.model_dir, files, layout is not None, wish.keep_original)
         write_record(folder, wish, complete=False)
         fetch_checked(hub, wish.model_id, wish.revision, files, folder)
     tidy(folder)
     write_record(folder, wish, complete=True)
     return layout
+
+
+def _check_two_folders(wish: Wish, original: Path) -> None:
+    if original.resolve() == wish.model_dir.resolve():
+        raise UserError(
+            f"{wish.model_dir} would hold the original and the converted model. Name another folder for the converted "
+            "one (QWEN_MODEL_DIR, BAICHUAN_MODEL_DIR)."
+        )
 
 
 def layout_of(hub: Any, wish: Wish, listed: list[Any]) -> ModuleType | None:

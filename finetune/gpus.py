@@ -3,7 +3,11 @@
 Rates are the makers' dense figures with 32-bit accumulation; where a card has no bf16 (V100, T4) it is the fp16 one.
 """
 
+import math
+import os
 from dataclasses import dataclass
+
+from finetune.errors import UserError
 
 GIB = 2**30
 # An H100 SXM measured 784-794 TFLOP/s in an 8192-cubed bf16 product, 0.79 of the datasheet's 989; taken for all cards.
@@ -61,15 +65,22 @@ def _letters(name: str) -> str:
 def named_gpu(name: str) -> Gpu | None:
     """The card of a short name as people write it: A100-80G, a100 80gb, 4090, H100."""
     wanted = _letters(name).replace("NVIDIA", "").replace("GEFORCE", "").replace("GB", "G").replace("RTX", "")
-    exact = [gpu for gpu in GPUS if _letters(gpu.name).replace("RTX", "") == wanted]
-    started = [gpu for gpu in GPUS if _letters(gpu.name).replace("RTX", "").startswith(wanted)]
-    return next(iter(exact + started), None) if wanted else None
+    names = {gpu: (_letters(gpu.name).replace("RTX", ""), _model(gpu)) for gpu in GPUS}
+    exact = [gpu for gpu, (name, _) in names.items() if name == wanted]
+    # The model whole: H20 is no H200.
+    started = [gpu for gpu, (name, model) in names.items() if name.startswith(wanted) and wanted.startswith(model)]
+    return next(iter(exact + started), None)
+
+
+def _model(gpu: Gpu) -> str:
+    """A100 of A100-80G, 4090 of RTX-4090."""
+    return _letters(gpu.name.removeprefix("RTX-").partition("-")[0])
 
 
 def found_gpu(device_name: str, memory_gib: float) -> Gpu | None:
     """The card a driver calls `device_name` ("NVIDIA A100-SXM4-80GB"); of several the one with the nearest memory."""
     words = _letters(device_name)
-    models = [gpu for gpu in GPUS if _letters(gpu.name.removeprefix("RTX-").partition("-")[0]) in words]
+    models = [gpu for gpu in GPUS if _model(gpu) in words]
     if "PCIE" in words and any("PCIE" in gpu.name for gpu in models):
         models = [gpu for gpu in models if "PCIE" in gpu.name]
     else:
@@ -77,3 +88,15 @@ def found_gpu(device_name: str, memory_gib: float) -> Gpu | None:
     longest = max((len(gpu.name.partition("-")[0]) for gpu in models), default=0)
     models = [gpu for gpu in models if len(gpu.name.partition("-")[0]) == longest]
     return min(models, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
+
+
+def price_per_hour() -> float:
+    """PRICE_PER_HOUR of .env, 0 where it is not set. Raises UserError for anything but an amount of money."""
+    text = os.environ.get("PRICE_PER_HOUR") or "0"
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 <= price < math.inf:
+        raise UserError(f"PRICE_PER_HOUR: expected an amount such as 2.82, found {text}. Correct it in .env.")
+    return price

@@ -33,7 +33,8 @@ class ModelScope:
     name = "modelscope"
     token_key, endpoint_key, other = "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT", "huggingface"
 
-    def __init__(self, repo_type: str = "model") -> None:
+    def __init__(self, repo_type: str = "model", source_key: str = "SOURCE") -> None:
+        self.source_key = source_key  # of .env, by which this hub was chosen
         self.repo_type = repo_type  # or dataset
 
     @property
@@ -78,7 +79,8 @@ class HuggingFace:
     def endpoint(self) -> str:
         return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
-    def __init__(self, repo_type: str = "model") -> None:
+    def __init__(self, repo_type: str = "model", source_key: str = "SOURCE") -> None:
+        self.source_key = source_key  # of .env, by which this hub was chosen
         self.repo_type = repo_type  # or dataset
         if os.environ.get("HF_TOKEN") == "":
             del os.environ["HF_TOKEN"]
@@ -158,7 +160,7 @@ def explain(hub: Hub, model_id: str, revision: str, error: BaseException) -> str
         reason = f"HTTP {status}" if status else headline(causes[-1])
         return (
             f"cannot reach {hub.endpoint}: {reason}. Check the network and run again (what is downloaded stays), "
-            f"or set {hub.endpoint_key} to a mirror, or SOURCE={hub.other}."
+            f"or set {hub.endpoint_key} to a mirror, or {hub.source_key}={hub.other}."
         )
     failed = getattr(error, "failed_files", None)
     if failed:
@@ -194,5 +196,5 @@ def missing(hub: Hub, model_id: str, revision: str) -> str:
         found = []
     if not found:
         kind = hub.repo_type
-        return f"{hub.endpoint} has no {kind} {model_id}. Check the {kind} id, or set SOURCE={hub.other}."
+        return f"{hub.endpoint} has no {kind} {model_id}. Check the {kind} id, or set {hub.source_key}={hub.other}."
     return f"{model_id} has no revision {revision} on {hub.endpoint}: it has {', '.join(found[:12])}."

@@ -1,6 +1,7 @@
 """Load a model for inference: a base or merged checkpoint, an adapter on its base, in 16 bit, 32 bit or NF4."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,19 @@ from finetune.errors import UserError
 from finetune.identity import check_adapter
 
 LEGACY_TYPES = ("qwen", "baichuan")
-RUN_FIRST = "Run `make qwen-download` (or `make baichuan-download`) first, or name another folder in .env."
+# Steps that make the folders which .env names; every other model folder is a download's.
+MADE_BY = {
+    "LLM_MODULE_MODEL_PATH": "make baichuan-train` and `make baichuan-finalize",
+    "QWEN_MERGED_DIR": "make qwen-merge",
+}
+DOWNLOADS = "make qwen-download` (or `make baichuan-download"
+
+
+def _run_first(folder: Path) -> str:
+    """What makes this folder."""
+    made = (step for key, step in MADE_BY.items() if os.environ.get(key) and Path(os.environ[key]) == folder)
+    step = next(made, DOWNLOADS + "`)")
+    return f"Run `{step}{'' if step.endswith(')') else '`'} first, or name another folder in .env."
 
 
 def check_model_dir(model_dir: str | Path) -> Path:
@@ -17,9 +30,9 @@ def check_model_dir(model_dir: str | Path) -> Path:
     folder = Path(model_dir)
     config_path = folder / "config.json"
     if not folder.is_dir():
-        raise UserError(f"{folder}: expected a model folder, found nothing there. {RUN_FIRST}")
+        raise UserError(f"{folder}: expected a model folder, found nothing there. {_run_first(folder)}")
     if not config_path.exists():
-        raise UserError(f"{folder}: expected a model folder, found no config.json. {RUN_FIRST}")
+        raise UserError(f"{folder}: expected a model folder, found no config.json. {_run_first(folder)}")
     kind = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
     if kind in LEGACY_TYPES:
         raise UserError(
@@ -27,7 +40,7 @@ def check_model_dir(model_dir: str | Path) -> Path:
             f"Convert it: python -m finetune.checkpoint {folder} {folder}-native"
         )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise UserError(f"{folder}: expected weights (*.safetensors), found none. {RUN_FIRST}")
+        raise UserError(f"{folder}: expected weights (*.safetensors), found none. {_run_first(folder)}")
     return folder
 
 

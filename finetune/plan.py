@@ -11,6 +11,7 @@ unless given. Prints tables to stdout; exit status 1 when nothing fits.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from finetune.arguments import Arguments, nearest, parse_arguments
 from finetune.errors import UserError, run_main
-from finetune.gpus import GIB, GPUS, Gpu, found_gpu, named_gpu
+from finetune.gpus import GIB, GPUS, Gpu, found_gpu, named_gpu, price_per_hour
 from finetune.memory import (
     ADAM_STATE_BYTES,
     KNOWN_SHAPES,
@@ -86,16 +87,26 @@ def shape_of(model: str) -> Shape:
 
 
 def gpus_here() -> tuple[Gpu | None, int]:
-    """(card, number) that nvidia-smi and CUDA_VISIBLE_DEVICES show, (None, 0) without one."""
+    """(card, number) that nvidia-smi and CUDA_VISIBLE_DEVICES show, (None, 0) without one.
+
+    Raises UserError for a card that is not in the table.
+    """
     if not shutil.which("nvidia-smi"):
         return None, 0
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().splitlines()
-    if not lines:
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
         return None, 0
     name, _, mebibytes = lines[0].rpartition(",")
+    gpu = found_gpu(name, float(mebibytes) / 1024)
+    if gpu is None:
+        raise UserError(
+            f"{name} is not a card known here. Plan with a similar one (GPU=A40; known: "
+            f"{', '.join(gpu.name for gpu in GPUS)}), train with DEEPSPEED_STAGE set."
+        )
     visible = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
-    return found_gpu(name, float(mebibytes) / 1024), len(visible) or len(lines)
+    return gpu, len(visible) or len(lines)
 
 
 def decide_gpu(name: str | None, num_gpus: int | None) -> tuple[Gpu, int, str]:
@@ -247,10 +258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"no model is named. Pass --model with a folder or one of {', '.join(KNOWN_SHAPES)}.")
     if flags.num_gpus is not None and flags.num_gpus < 1:
         raise UserError(f"--num_gpus must be at least 1, found {flags.num_gpus}.")
+    if flags.rows is not None and flags.rows < 1:
+        raise UserError(f"--rows must be at least 1, found {flags.rows}.")
+    if flags.mean_tokens is not None and not 1 <= flags.mean_tokens < math.inf:
+        raise UserError(f"--mean_tokens must be at least 1, found {flags.mean_tokens}.")
     shape = shape_of(model)
     gpu, gpus, origin = decide_gpu(flags.gpu, flags.num_gpus)
     work = workload(arguments, gpus, flags.rows, flags.mean_tokens)
-    price = float(os.environ.get("PRICE_PER_HOUR") or 0)
+    price = price_per_hour()
     print(f"model: {model}, {shape.parameters / 1e9:.2f} B parameters, {shape.layers} layers")
     print(f"cards: {gpus} x {gpu.name} ({origin}), {gpu.memory_gib:.0f} GiB, {gpu.peak_tflops:.0f} TFLOP/s each")
     print(
@@ -258,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"an update: {work.updates:,} updates, {work.tokens_in_all / 1e6:.1f} M tokens"
     )
     if price:
-        print(f"price: {price:g} an hour for {gpus} card{'s' if gpus > 1 else ''} (PRICE_PER_HOUR)")
+        whose = "" if origin == "found here" else ": of this box unless you set it, PRICE_PER_HOUR=..."
+        print(f"price: {price:g} an hour for {gpus} card{'s' if gpus > 1 else ''} (PRICE_PER_HOUR{whose})")
     if not gpu.has_bf16:
         print(f"note: {gpu.name} has no bfloat16 and no varlen attention kernel: float16 and slower than estimated")
     print()

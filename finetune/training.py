@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import prepare, saving
 from finetune.arguments import Arguments, require
+from finetune.gpus import price_per_hour
 from finetune.memory import shape_of_config, total
 from finetune.prepare import is_first_rank, say
 from finetune.room import Method, Room, check_saving, decide_budget, measure_room, predicted_peak
@@ -85,6 +86,7 @@ def _check_inputs(arguments: Arguments) -> None:
         output_dir="Set it in the JSON file or pass --output_dir.",
     )
     check_model_dir(arguments.model.model_name_or_path)
+    price_per_hour()
     for path in filter(None, (arguments.data.train_file, arguments.data.eval_file)):
         read_rows(path)
 
@@ -159,7 +161,7 @@ def _build_trainer(
         finish_final=run.method.finish_final,
         eval_samples=evaluation,
     )
-    gpu, price = run.room.gpu, float(os.environ.get("PRICE_PER_HOUR") or 0)
+    gpu, price = run.room.gpu, price_per_hour()
     peak = gpu.peak_tflops * 1e12 * run.room.world_size if gpu else None
     meter = Meter(run.method.flops_per_token(run.room), peak, price)
     trainer = UpdateTrainer(

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -265,6 +266,13 @@ def test_model_that_cannot_be_used_is_refused_before_the_long_part(tmp_path, hub
     with pytest.raises(UserError, match="no_bias is False"):
         download_model(wish(tmp_path))
     assert not hub.transfers(SHARD) and not (tmp_path / "base").exists()
+
+
+def test_one_folder_for_original_and_converted_is_refused_before_the_long_part(tmp_path, hub):
+    both = replace(wish(tmp_path), model_dir=tmp_path / "base" / MODEL_ID)
+    with pytest.raises(UserError, match="would hold the original and the converted model"):
+        download_model(both)
+    assert not hub.transfers(SHARD)
 
 
 def test_index_that_names_a_file_the_hub_has_not(tmp_path, hub):

@@ -82,6 +82,14 @@ def test_an_archive_is_fetched_placed_and_counted(archive, folder, tmp_path, run
     assert read_questions(data_dir) == read_questions(folder)
 
 
+def test_an_absent_hub_is_named_with_this_steps_key(tmp_path, run, monkeypatch, free_tcp_port):
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_tcp_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match="cannot reach http://127.0.0.1.*or MMCU_SOURCE=modelscope") as failure:
+        run(tmp_path / "data")
+    assert "make mmcu-download" not in str(failure.value)
+
+
 def test_a_folder_that_lacks_something_is_named(folder, tmp_path, run):
     copy = tmp_path / "unpacked" / "MMCU0513"
     shutil.copytree(folder, copy)

@@ -121,3 +121,11 @@ def test_an_adapter_of_another_shape_is_refused(tiny_qwen, adapter, tmp_path):
 def test_a_folder_without_adapter_names_the_step(tiny_qwen, tmp_path):
     with pytest.raises(UserError, match="make qwen-train"):
         load_for_inference(tiny_qwen, tmp_path)
+
+
+def test_the_step_that_makes_a_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_MODULE_MODEL_PATH", str(tmp_path / "final"))
+    monkeypatch.setenv("QWEN_MERGED_DIR", str(tmp_path / "merged"))
+    for name, step in (("final", "make baichuan-train`"), ("merged", "make qwen-merge`"), ("x", "make qwen-download`")):
+        with pytest.raises(UserError, match=f"Run `{step}"):
+            check_model_dir(tmp_path / name)

@@ -265,3 +265,51 @@ def test_a_row_longer_than_a_fixed_budget_is_counted() -> None:
 def test_advice_counts_the_rank_that_is_asked_for(capsys: pytest.CaptureFixture) -> None:
     text = printed(capsys, "--gpu", "4090", "--lora_rank", "1024")
     assert "nothing fits on 1 x RTX-4090" in text and "RTX-4090" not in text.split("Cards on which it fits:")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("H20", "H20-96G"),
+        ("L4", None),
+        ("L2", None),
+        ("A", None),
+        ("4", None),
+        ("H200", "H200"),
+        ("a100-80", "A100-80G"),
+    ],
+)
+def test_a_short_name_is_a_whole_model(name: str, found: str | None) -> None:
+    card = named_gpu(name)
+    assert (card and card.name) == found
+
+
+def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, status: int = 0) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/bash\necho '{text}'\nexit {status}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_cards_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvidia_smi(tmp_path, monkeypatch, "NVIDIA A100-SXM4-80GB, 81920")
+    assert plan.gpus_here() == (named_gpu("A100-80G"), 1)
+    fake_nvidia_smi(tmp_path, monkeypatch, "No devices were found", 6)
+    assert plan.gpus_here() == (None, 0)
+    fake_nvidia_smi(tmp_path, monkeypatch, "NVIDIA vGPU-32GB, 32768")
+    with pytest.raises(UserError, match="vGPU-32GB is not a card known here.*GPU=A40"):
+        plan.gpus_here()
+
+
+@pytest.mark.parametrize("text", ["2,82", "-1", "nan"])
+def test_a_price_is_an_amount(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRICE_PER_HOUR", text)
+    with pytest.raises(UserError, match="PRICE_PER_HOUR: expected an amount"):
+        plan.main(["--model", "qwen-14b", "--gpu", "A40", "--rows", "10", "--mean_tokens", "9"])
+
+
+@pytest.mark.parametrize("flags", [["--rows", "-5", "--mean_tokens", "9"], ["--rows", "5", "--mean_tokens", "nan"]])
+def test_impossible_rows_are_refused(flags: list[str]) -> None:
+    with pytest.raises(UserError, match="must be at least 1, found"):
+        plan.main(["--model", "qwen-14b", "--gpu", "A40", *flags])

@@ -94,7 +94,7 @@ def fetch(args: argparse.Namespace) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    hub, folder = HUBS[args.source]("dataset"), args.data_dir / UNFINISHED / "files"
+    hub, folder = HUBS[args.source]("dataset", "MMCU_SOURCE"), args.data_dir / UNFINISHED / "files"
     print(f"-----> {hub.endpoint}: {args.dataset_id} {args.revision}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     with explained(hub, args.dataset_id, args.revision):
@@ -135,11 +135,12 @@ def main() -> None:
     args = parse_args()
     try:
         data_dir = find_data_dir(args.data_dir)
-    except UserError:
-        fetch(args)
-        data_dir = find_data_dir(args.data_dir)
-    else:
         print(f"already there: {data_dir}")
+    except UserError:
+        data_dir = None
+    if data_dir is None:
+        fetch(args)  # outside the handler: its errors are not caused by what was missing
+        data_dir = find_data_dir(args.data_dir)
     line, problems = count(data_dir)
     print(line, f"sha256 of all workbooks {data_hash(data_dir)}", LICENCE, sep="\n")
     write_aside(data_dir / "LICENCE.txt", LICENCE + "\n")
