@@ -11,7 +11,6 @@ chat completions of random words; the key is read from API_KEY. Prints a table; 
 import argparse
 import asyncio
 import json
-import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 
 from benchmarks.load_report import Record, draw, summary, table
 from finetune.errors import UserError, run_main
+from llm_code.service.settings import own_key
 
 WORDS = "今天 天气 学习 心情 工作 压力 朋友 时间 睡眠 问题 the of a model answers people with words and numbers".split()
 
@@ -63,7 +63,9 @@ class HttpTarget:
             raise UserError(f"expected an OpenAI server at {self.url}, found none: {error}") from None
 
     async def ask(self, job: Job, note: Callable[[], None]) -> int:
-        """Stream one chat completion."""
+        """Stream one chat completion. Raises RuntimeError for a refusal and for an error in the stream."""
+        from llm_code.module_interface.event_data import DONE, event_data
+
         body = {"model": self.model, "messages": [{"role": "user", "content": words(job)}], "stream": True}
         body |= {"max_tokens": job.max_tokens, "min_tokens": job.max_tokens, "ignore_eos": True, "temperature": 0}
         body["stream_options"] = {"include_usage": True}
@@ -71,10 +73,10 @@ class HttpTarget:
         async with self.client.stream("POST", f"{self.url}/chat/completions", json=body) as reply:
             if reply.status_code != 200:
                 raise RuntimeError(f"status {reply.status_code}")
-            async for line in reply.aiter_lines():
-                if not line.startswith("data: {"):
+            async for data in event_data(reply):
+                if data == DONE:  # read on: only a reply read to its end leaves its connection for the next request
                     continue
-                chunk = json.loads(line[6:])
+                chunk = json.loads(data)
                 if "error" in chunk:
                     raise RuntimeError(f"error in the stream: {chunk['error'].get('message')}")
                 if any((choice.get("delta") or {}).get("content") for choice in chunk.get("choices", ())):
@@ -176,7 +178,7 @@ def parse_args() -> argparse.Namespace:
 
 
 async def run(args: argparse.Namespace) -> list[Record]:
-    target = HttpTarget(args.url, args.model, os.environ.get("API_KEY"))
+    target = HttpTarget(args.url, args.model, own_key())
     await target.find_model()
     jobs = [Job(i, args.input_tokens, args.output_tokens) for i in range(args.requests)]
     if args.rate:

@@ -7,9 +7,16 @@ import torch
 
 from finetune.generate import GREEDY, UNFINISHED, Sampling, causal_model, stop_token_ids
 
+# Tokens held back at most, else every further one would decode all before it again. A character has at most 4 bytes,
+# so honest text holds 3; one half of the places is for them, the other for tokens without a text before them.
+MOST_HELD = 8
+
 
 class TextAssembler:
-    """Turns token ids into text as they come, holding back bytes of a character that is not complete yet."""
+    """Turns token ids into text as they come, holding back bytes of a character that is not complete yet.
+
+    Bytes that become no character are given out as U+FFFD.
+    """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
@@ -24,7 +31,10 @@ class TextAssembler:
         """The text that became certain with this token, often empty."""
         self.ids.append(token_id)
         given, text = self._decode(self.read), self._decode()
-        if text.endswith(UNFINISHED) or len(text) <= len(given):
+        num_held = len(self.ids) - self.read
+        if text == given and num_held > MOST_HELD // 2:
+            self.ids.pop()  # no text, as a control token that is skipped: nothing to remember it for
+        if (text.endswith(UNFINISHED) and num_held < MOST_HELD) or len(text) <= len(given):
             return ""
         self.context_start, self.read = self.read, len(self.ids)
         return text[len(given) :]

@@ -47,10 +47,12 @@ class Chat:
     system: str | None = None
     history: list[Message] = field(default_factory=list)
 
+    def _head(self) -> list[Message]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
     def messages(self) -> list[Message]:
         """The system text, if any, and the history."""
-        head = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return head + self.history
+        return self._head() + self.history
 
     def ask(self, question: str) -> Iterator[str]:
         """Pieces of the reply. What was said until the iterator is closed or interrupted enters the history.
@@ -79,8 +81,7 @@ class Chat:
 
     def _prompt(self) -> list[int]:
         dropped = fit_history(self.history, self.system, lambda messages: len(self.encode(messages)), self.room)
-        head = self.messages()[: -len(self.history)]
-        prompt_ids = self.encode(head + self.history[dropped:])
+        prompt_ids = self.encode(self._head() + self.history[dropped:])
         if len(prompt_ids) > self.room:
             raise UserError(f"the question takes {len(prompt_ids)} tokens, {self.room} fit. Ask a shorter one.")
         if dropped:
@@ -90,14 +91,18 @@ class Chat:
 
     def save(self, name: str) -> str:
         """Add the conversation to a file of training rows (finetune/rows.py); returns what to tell the person."""
-        if not self.history:
+        turns = zip(self.history[::2], self.history[1::2], strict=True)
+        said = [message for turn in turns if turn[1]["content"].strip() for message in turn]  # a row has no empty reply
+        if not said:
             return "there is no conversation to save yet"
-        path = Path(name or f"chat-{datetime.now():%Y%m%d-%H%M%S}.jsonl").expanduser()
+        path = Path(name or f"chat-{datetime.now():%Y%m%d-%H%M%S}.jsonl")
+        row = json.dumps({"messages": self._head() + said}, ensure_ascii=False)
         try:
+            path = path.expanduser()
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": self.messages()}, ensure_ascii=False) + "\n")
-        except OSError as error:
-            return f"{path} cannot be written: {error.strerror}"
+                file.write(row + "\n")
+        except (OSError, RuntimeError, ValueError) as error:  # also a name no file can have: ~nobody, one with a NUL
+            return f"{path} cannot be written: {getattr(error, 'strerror', None) or error}"
         return f"saved to {path}"
 
     def command(self, line: str) -> bool:

@@ -86,8 +86,30 @@ def test_a_saved_conversation_is_a_training_row(tmp_path, capsys):
         chat.command(f"/save {tmp_path / 'chats.jsonl'}")
     rows = read_rows(tmp_path / "chats.jsonl")
     assert [row.messages() for row in rows] == [chat.messages()] * 2
-    chat.command(f"/save {tmp_path}")
-    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_reply_without_a_word_is_not_saved(tmp_path, capsys):
+    """No row may have an empty reply; alone, it is no conversation."""
+    chat = Chat(**WORDS, answer=lambda ids: iter(()), room=100, system="你是医生")
+    chat.history = turns("silent", " \n")
+    chat.command(f"/save {tmp_path / 'chats.jsonl'}")
+    assert "no conversation" in capsys.readouterr().err and not (tmp_path / "chats.jsonl").exists()
+    chat.history += turns("question", "answer", "silent", "")
+    chat.command(f"/save {tmp_path / 'chats.jsonl'}")
+    told = [{"role": "system", "content": "你是医生"}, *turns("question", "answer")]
+    assert [row.messages() for row in read_rows(tmp_path / "chats.jsonl")] == [told]
+    assert len(chat.history) == 6
+
+
+@pytest.mark.parametrize("name", ["", "/", "~nobody-of-that-name/x", "~x.jsonl", "a\0b"])
+def test_a_conversation_that_cannot_be_saved_goes_on(tmp_path, capsys, name):
+    chat = Chat(**WORDS, answer=lambda ids: iter(()), room=100)
+    chat.history = turns("question", "answer")
+    assert chat.command(f"/save {name or tmp_path}")
+    told = capsys.readouterr().err
+    assert "cannot be written: " in told and "None" not in told and chat.history == turns("question", "answer")
+    chat.history = turns("question", "\udcff")  # a byte of the terminal that was no UTF-8
+    assert "cannot be written: " in chat.save(str(tmp_path / "chats.jsonl"))
 
 
 @pytest.fixture(scope="module")

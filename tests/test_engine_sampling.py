@@ -1,6 +1,7 @@
 """How tokens are chosen: distributions, seeds, cuts, penalties and biases, each against another way to compute it."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -276,6 +277,19 @@ def test_impossible_prompts_are_refused(shared_engine, prompt):
     with pytest.raises(InvalidRequest) as caught:
         shared_engine.submit(prompt, greedy())
     assert caught.value.param == "prompt"
+
+
+def test_a_temperature_next_to_nothing_is_greedy(shared_engine):
+    """Scores divided by it would be infinite, or no numbers; beside a row that is sampled too."""
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 20
+    for temperature in (1e-45, 1e-40, 1e-30, 1e-7):
+        tiny = SamplingParams(temperature=temperature, top_p=0.9, top_k=5, seed=1)
+        assert not Needs.of([tiny]).sampling
+        assert choose(logits, [tiny] * 3 + [SamplingParams(seed=1)])[:3] == logits[:3].argmax(-1).tolist()
+        answer = shared_engine.submit([1, 2, 3], replace(tiny, max_tokens=6)).result(30)
+        assert token_ids(answer) == token_ids(shared_engine.submit([1, 2, 3], greedy(6)).result(30))
+    least = [SamplingParams(temperature=1e-6, seed=1)] * 4
+    assert Needs.of(least).sampling and choose(logits, least) == logits.argmax(-1).tolist()
 
 
 def test_extreme_but_possible_parameters(shared_engine):

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from finetune.stream import UNFINISHED
 from llm_code.module_interface.interface import Token
 from llm_code.module_interface.stop_strings import TextStream, first_match, held_length
 from llm_code.module_interface.tokens import TokenTexts
@@ -131,4 +132,7 @@ def test_texts_and_bytes_of_single_tokens(tiny_qwen):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (texts.text(end), texts.bytes(end)) == ("<|im_end|>", b"<|im_end|>")
     assert "".join(texts.pieces([*ids, end])) == text + "<|im_end|>"
+    half = ids[-3]
+    assert UNFINISHED in texts.text(half)
+    assert "".join(texts.pieces([half] * 400 + ids)) == UNFINISHED * 400 + text
     assert all(len(texts.bytes(i)) == 1 for i in range(256))  # the first tokens of its vocabulary are single bytes

@@ -66,7 +66,7 @@ class Server:
 
 
 def data(value) -> bytes:
-    return b"data: " + json.dumps(value).encode() + b"\n\n"
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
 
 
 def piece(text: str, finish: str | None = None, **others) -> bytes:
@@ -124,6 +124,11 @@ def test_an_answer_streams_through(server, engine):
     assert server.headers[0]["authorization"] == "Bearer secret"
     assert engine.limits.context == 300
     assert engine.stats().requests == {"stop": 1} and engine.stats().generated_tokens == 5
+
+
+def test_line_separators_in_an_answer(server, engine):
+    server.script = [piece("一\u2028二"), piece("\u2029\x85", "stop"), DONE]
+    assert engine.submit([1], SamplingParams(max_tokens=9)).result(10).text == "一\u2028二\u2029\x85"
 
 
 def test_every_parameter_is_passed_on(server, engine):

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from finetune import stream
 from finetune.errors import UserError
 from finetune.generate import (
     OutOfMemoryGuard,
@@ -189,6 +190,42 @@ def test_an_unfinished_character_at_the_end_is_not_shown(loaded):
     ids = tokenizer("好😀", add_special_tokens=False)["input_ids"]
     assembler = TextAssembler(tokenizer)
     assert "".join(assembler.add(token) for token in ids[:-1]) + assembler.rest() == "好"
+
+
+@pytest.mark.parametrize("model", ["tiny_qwen", "tiny_baichuan"])
+def test_tokens_that_never_become_a_character_cost_no_more_than_others(model, request, monkeypatch):
+    """However many: nothing is decoded again and again. What comes after them is read as ever."""
+    tokenizer, decoded = load_tokenizer(request.getfixturevalue(model)), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: decoded.append(len(ids)) or decode(ids, **options))
+    after = tokenizer("。", add_special_tokens=False)["input_ids"]
+    half = tokenizer("😀", add_special_tokens=False)["input_ids"][-2]
+    kinds = {"half": half, "control": tokenizer.eos_token_id, "unknown to the tokenizer": len(tokenizer) + 5}
+    for kind, token in kinds.items():
+        assembler = TextAssembler(tokenizer)
+        text = "".join([assembler.add(one) for one in [*[token] * 300, *after]]) + assembler.rest()
+        assert max(decoded) <= 3 * stream.MOST_HELD, kind
+        assert text.lstrip(UNFINISHED) == "。", kind
+        assert (UNFINISHED in text) == (kind == "half")
+
+
+@pytest.mark.parametrize("model", ["tiny_qwen", "tiny_baichuan"])
+def test_honest_text_is_never_given_up(model, request, monkeypatch):
+    """Characters in as many pieces as there are, control tokens anywhere between them: nothing is held so long."""
+    tokenizer, rng = load_tokenizer(request.getfixturevalue(model)), random.Random(0)
+    for _ in range(50):
+        ids = []
+        for _ in range(rng.randrange(1, 30)):
+            text = "".join(rng.choice("你好龘𠮷😀👩\u200d👧é a，\u2028\ufe0f") for _ in range(rng.randrange(1, 9)))
+            ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += [tokenizer.eos_token_id] * rng.choice([0, 0, 1, 20])
+        pieces = []
+        for most in (stream.MOST_HELD, 10**9):
+            monkeypatch.setattr(stream, "MOST_HELD", most)
+            assembler = TextAssembler(tokenizer)
+            pieces.append([*(assembler.add(token) for token in ids), assembler.rest()])
+        monkeypatch.undo()
+        assert pieces[0] == pieces[1] and "".join(pieces[0]) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_a_half_character_leaves_the_whole_ones_before_it(tiny_baichuan):

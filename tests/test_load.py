@@ -1,16 +1,18 @@
 """The load generator: its arrivals, its clock, its statistics; and a run of the CPU benchmark on a tiny model."""
 
 import asyncio
+import json
 import math
 import statistics
 import subprocess
 import sys
 
+import httpx
 import numpy
 import pytest
 
 from benchmarks import serve_gpu
-from benchmarks.load import EngineTarget, Job, arrivals, closed_loop, open_loop, words
+from benchmarks.load import EngineTarget, HttpTarget, Job, arrivals, closed_loop, open_loop, words
 from benchmarks.load_report import Record, draw, is_good, percentile, summary, table
 from tests.conftest import REPOSITORY
 from tests.engines import engine, prompts
@@ -123,3 +125,17 @@ def test_the_gpu_benchmark_runs_on_a_tiny_shape(capsys):
     # Eight answers of 24 tokens, in 32 bits: none parts from the other's.
     assert "captured against uncaptured steps: 192 tokens equal" in printed
     assert "transformers, generate_batch" in printed
+
+
+def test_an_openai_server_is_asked():
+    """Tokens are counted as the server tells; line separators in an answer break no line of the stream."""
+    usage = {"choices": [], "usage": {"completion_tokens": 7}}
+    chunks = [*({"choices": [{"delta": {"content": text}}]} for text in ("一\u2028二", "\x85")), usage]
+    body = "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    target, pieces = HttpTarget("http://service/v1", "m", None), []
+    target.client = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: httpx.Response(200, text=body)))
+    assert asyncio.run(target.ask(Job(0, 1, 7), lambda: pieces.append(1))) == 7
+    assert len(pieces) == 2
+    body = 'data: {"error": {"message": "no memory"}}\n\n'
+    with pytest.raises(RuntimeError, match="no memory"):
+        asyncio.run(target.ask(Job(0, 1, 7), lambda: None))

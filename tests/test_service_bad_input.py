@@ -231,10 +231,13 @@ def test_fields_of_completions(service):
 
 def test_f16_more_than_the_context(service):
     long = service.chat("x" * 250, max_tokens=1)
-    assert_error(long, 400, code="context_length_exceeded")
+    assert_error(long, 400, "messages", "context_length_exceeded")
+    for prompt in ("x" * 250, [65] * 250, "x" * 5000):
+        response = service.http.post(TEXT, json={"prompt": prompt, "max_tokens": 1})
+        assert_error(response, 400, "prompt", "context_length_exceeded")
     assert "200" in long.json()["error"]["message"] and "250" in long.json()["error"]["message"]
     both = service.http.post(TEXT, json={"prompt": [65] * 150, "max_tokens": 51})
-    assert_error(both, 400, code="context_length_exceeded")
+    assert_error(both, 400, "max_tokens", "context_length_exceeded")
     assert "200" in both.json()["error"]["message"] and "201" in both.json()["error"]["message"]
     for stream in (True, False):  # refused before the first byte of a stream
         assert_error(service.chat("x" * 100, max_tokens=101, stream=stream), 400, code="context_length_exceeded")

@@ -16,6 +16,8 @@ import pytest
 from finetune.errors import UserError
 from llm_code.service.client import read_questions
 from llm_code.service.client_api import Client, Refused
+from llm_code.service.server import parse_args, service_settings
+from llm_code.service.settings import api_keys, own_key
 from tests.conftest import REPOSITORY
 from tests.raw_http import Raw
 from tests.service_process import ServiceProcess, until
@@ -40,6 +42,18 @@ def client(service, *flags, text=None, key=KEY):
 def test_one_question(service):
     done = client(service, "--question", "say 你好", "--max_tokens", "1")
     assert (done.returncode, done.stdout, done.stderr) == (0, "你\n", "")
+
+
+SEPARATORS = "一\u2028二\u2029三\x85四"  # line ends to Python's splitlines, bare in JSON
+
+
+def test_line_separators_in_question_and_answer(service, tmp_path):
+    assert client(service, "--question", f"say {SEPARATORS}").stdout == f"{SEPARATORS}\n"
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"query": f"say {SEPARATORS}"}, ensure_ascii=False) + f"\r\nsay {SEPARATORS}")
+    done = client(service, "--file", str(questions))
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["answer"] for line in done.stdout.rstrip("\n").split("\n")] == [SEPARATORS] * 2
 
 
 def test_a_file_in_order_with_failures_in_their_place(service, tmp_path):
@@ -91,7 +105,9 @@ def test_errors_in_one_line(service, tmp_path):
 
 def test_bad_lines_of_a_file(tmp_path):
     path = tmp_path / "rows.jsonl"
-    for line in ("{", '{"a": 1}', '{"query": 5}'):
+    no_conversations = ("[]", "5", '"x"', "[1]", '[{"role": "user"}]', '[{"role": "user", "content": null}]')
+    rows = [f'{{"messages": {value}, "query": "x"}}' for value in no_conversations]
+    for line in ("{", '{"a": 1}', '{"query": 5}', *rows):
         path.write_text(f"fine\n{line}\n")
         with pytest.raises(UserError, match=r"rows\.jsonl:2: "):
             read_questions(path, None)
@@ -160,6 +176,39 @@ def test_retry_after_is_kept_and_patience_ends():
 def test_streams_that_end_badly_are_no_answers(events, message):
     with pytest.raises(Refused, match=message):
         ask("http://service", 5, lambda request: httpx.Response(200, text=events))
+
+
+def test_a_stream_in_pieces_of_any_size():
+    """Lines and characters end where they end, not where the network cuts."""
+    chunk = {"choices": [{"delta": {"content": SEPARATORS}, "finish_reason": "stop"}]}
+    body = f": {SEPARATORS}\r\n\r\ndata:{json.dumps(chunk, ensure_ascii=False)}\r\n\r\ndata: [DONE]".encode()
+
+    async def cut(size):
+        for begin in range(0, len(body), size):
+            yield body[begin : begin + size]
+
+    for size in (1, 2, 7, len(body)):
+        assert ask("http://service", 5, lambda request, size=size: httpx.Response(200, content=cut(size))) == SEPARATORS
+
+
+@pytest.mark.parametrize(
+    ("value", "keys"),
+    [
+        ("", ()),
+        (" , ", ()),
+        ("only-one-key", ("only-one-key",)),
+        (" first-key , second-key,", ("first-key", "second-key")),
+    ],
+)
+def test_the_keys_of_the_settings(monkeypatch, value, keys):
+    monkeypatch.setenv("API_KEY", value)
+    assert api_keys() == keys and own_key() == (keys[0] if keys else None)
+    monkeypatch.setattr(sys, "argv", ["server", "--model_name_or_path", "x"])
+    assert service_settings(parse_args()).api_keys == keys
+
+
+def test_the_client_sends_the_first_key(service):
+    assert client(service, "--question", "say x", key=f" {KEY} , another-key").stdout == "x\n"
 
 
 def test_nobody_there():

@@ -219,7 +219,14 @@ def test_f30_choices_count_as_requests(start):
         assert service.chat("say x", n=BATCH + QUEUE - 1).status_code == 429
     idle(service)
     too_many = service.http.post("/v1/completions", json={"prompt": ["say x"] * 9})
-    assert too_many.status_code == 400 and "8 choices" in too_many.json()["error"]["message"]
+    assert too_many.status_code == 400 and "8 answers" in too_many.json()["error"]["message"]
+    assert too_many.json()["error"]["param"] == "prompt"
+
+
+def test_more_choices_than_the_whole_service_has_room_for(start):
+    service = start(engine={"max_queue": 0})
+    for reply in (service.chat("say x", n=5), service.http.post("/v1/completions", json={"prompt": "say x", "n": 5})):
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "n"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -181,6 +181,22 @@ def test_scores_as_lm_eval_reads_them(service, model):
         assert total == pytest.approx(own, abs=1e-4) and is_greedy == best
 
 
+@pytest.mark.parametrize("logprobs", [None, 0, 2])
+def test_an_echo_without_an_answer(service, model, logprobs):
+    prompts, ids = ["今天的天气", "1 2 3"], [model[1].encode(text) for text in ("今天的天气", "1 2 3")]
+    for prompt in (prompts, ids):
+        body = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": logprobs}
+        response = service.http.post(TEXT, json=body)
+        assert response.status_code == 200, response.text
+        choices = response.json()["choices"]
+        assert [(c["text"], c["finish_reason"]) for c in choices] == [(text, "length") for text in prompts]
+        assert [c["logprobs"] and len(c["logprobs"]["tokens"]) for c in choices] == (
+            [None] * 2 if logprobs is None else list(map(len, ids))
+        )
+        assert response.json()["usage"]["completion_tokens"] == 0
+    assert streamed(service, prompts[0], max_tokens=0, echo=True, logprobs=logprobs) == (prompts[0], "length")
+
+
 def test_an_end_token_has_its_place_in_the_scores(service, model):
     """lm-eval drops the last place: without the end token there, the continuation's own last token would be lost."""
     _, tokenizer = model

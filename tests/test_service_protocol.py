@@ -1,17 +1,21 @@
 """OpenAI's protocol as its clients see it: openai-python, langchain-openai, curl, a reader of raw bytes."""
 
+import asyncio
 import json
 import shutil
 import subprocess
 from contextlib import closing
 
+import httpx
 import openai
 import pytest
 from pydantic import TypeAdapter
 
 from llm_code.module_interface.interface import Token
 from llm_code.service import replies
+from llm_code.service.app import create_app
 from llm_code.service.logprobs import text_logprobs
+from llm_code.service.settings import ServiceSettings
 from tests.fake_engine import FakeEngine
 from tests.raw_http import Raw
 from tests.service_process import ServiceProcess
@@ -244,6 +248,40 @@ def test_ask(service):
     assert service.http.post("/internal/ask", json={"query": "fail 0"}).status_code == 500  # no apology with a 200
     assert service.http.get("/internal/ask", params={"query": "x" * 4090}).status_code == 200
     assert service.http.post("/internal/ask", json={"query": "x" * 5000}).status_code == 400
+
+
+def test_ask_is_not_for_pages_of_other_sites():
+    """An image's address is enough for a page to have its visitor's browser send a GET, whatever it may read."""
+    asked = {"query": "say 好"}
+    settings = ServiceSettings(cors_origins=("https://ours.example",))
+
+    async def ask():
+        app = create_app(FakeEngine, settings)
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://localhost/internal") as http,
+        ):
+            while app.state.lifecycle.state != "ready":
+                await asyncio.sleep(0.01)
+            for site, origin, status in [
+                ("cross-site", None, 403),
+                ("same-site", None, 403),
+                ("cross-site", "https://evil.example", 403),
+                ("cross-site", "https://ours.example", 200),
+                ("same-origin", None, 200),
+                ("none", None, 200),  # typed into the address bar
+            ]:
+                headers = {"Sec-Fetch-Site": site, **({"Origin": origin} if origin else {})}
+                for method in ("GET", "HEAD"):
+                    reply = await http.request(method, "/ask", params=asked, headers=headers)
+                    assert reply.status_code == status, (method, site, origin)
+                # that a page of elsewhere cannot send JSON unasked is CORS' matter
+                assert (await http.post("/ask", json=asked, headers=headers)).status_code == 200
+            refused = await http.get("/ask", params=asked, headers={"Sec-Fetch-Site": "cross-site"})
+            assert refused.json()["error"]["code"] == "other_site"
+
+    asyncio.run(ask())
 
 
 def test_openapi_describes_what_is_sent(service):

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from llm_code.web_framework import actions
 from llm_code.web_framework.conversations import (
     as_json,
     as_markdown,
@@ -47,7 +49,8 @@ def collect(stream):
 
 
 def sse(*events):
-    return "".join(f"data: {e if isinstance(e, str) else json.dumps(e)}\n\n" for e in events).encode()
+    texts = (e if isinstance(e, str) else json.dumps(e, ensure_ascii=False) for e in events)
+    return "".join(f"data: {text}\n\n" for text in texts).encode()
 
 
 def test_a_stream_is_read_with_comments_usage_and_windows_line_ends():
@@ -55,6 +58,11 @@ def test_a_stream_is_read_with_comments_usage_and_windows_line_ends():
     body = b": keep-alive\n\n" + sse(chunk("你"), chunk("好"), chunk(finish_reason="stop"), usage, "[DONE]")
     seen = collect(service_that_answers(body.replace(b"\n", b"\r\n")).stream(TALK[:1], {}))
     assert seen[0] == ("你", 1) and seen[-1] == ("你好", 7)
+
+
+def test_line_separators_in_an_answer():
+    body = sse(chunk("一\u2028二"), chunk("\u2029\x85"), chunk(finish_reason="stop"), "[DONE]")
+    assert collect(service_that_answers(body).stream(TALK[:1], {}))[-1][0] == "一\u2028二\u2029\x85"
 
 
 @pytest.mark.parametrize(
@@ -114,6 +122,16 @@ def test_a_refused_question_goes_back_and_the_chat_is_as_before():
     messages, _, refused, text = asyncio.run(run((TALK, "丙")))[-1]
     assert messages == TALK and text == "丙" and "排队已满" in refused.value and refused.visible
     assert asyncio.run(run(None))[-1][0] == TALK, "also when the page's session was lost"
+
+
+def test_an_emptied_question_changes_nothing():
+    """The browser shows it empty already: the conversation comes back as it was, and nothing is asked."""
+    edited = [*TALK[:2], {"role": "user", "content": " "}, TALK[3]]
+    event = SimpleNamespace(index=2, value=" ", previous_value="乙")
+    chat, *others = actions.edit(edited, "", "identity", event)
+    assert chat == TALK and others == list(actions.send(" ", TALK, "", "identity")[1:])
+    event.value = "改"
+    assert actions.edit(edited, "", "identity", event)[0] == [*TALK[:2], {"role": "user", "content": "改"}]
 
 
 def test_speed_counts_from_the_first_token():

@@ -179,6 +179,19 @@ def test_retry_edit_and_undo(visitor, service):
     assert visitor.box() == "改过的第一问" and visitor.bubbles() == []
 
 
+def test_an_emptied_question_comes_back(visitor, service):
+    visitor.ask("第一问")
+    visitor.ask("第二问")
+    before, asked = visitor.bubbles(), len(service.requests)
+    visitor.page.locator(f'{CHAT} button[title="编辑"]').first.click()
+    visitor.page.locator(f"{CHAT} textarea").fill(" ")
+    visitor.page.locator(f'{CHAT} button[title="发送"]').click()
+    service.wait_until(lambda s: visitor.bubbles() == before)  # the window draws all of them anew
+    visitor.ready()
+    assert len(service.requests) == asked
+    assert [m["content"] for m in visitor.stored()[0]["messages"]] == before
+
+
 def test_conversations_outlive_reload_and_switch(visitor, service, pictures):
     visitor.page.click("#settings > button")
     visitor.page.fill("#system textarea", "你是医生")
@@ -244,7 +257,7 @@ def test_the_program_with_the_service_key_of_the_settings(browser, service, tmp_
         str(port),
     ]
     proxy = "http://127.0.0.1:9"  # nobody there
-    variables = {**os.environ, "API_KEY": "first-key,second-key", "http_proxy": proxy, "HTTP_PROXY": proxy}
+    variables = {**os.environ, "API_KEY": " first-key , second-key", "http_proxy": proxy, "HTTP_PROXY": proxy}
     process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
     try:
         assert f"The page is at http://127.0.0.1:{port}/" in process.stdout.readline()

@@ -33,13 +33,16 @@ class InvalidRequest(UserError):
 
 
 class ContextTooLong(InvalidRequest):
-    """Prompt plus answer exceed the context; the text has both numbers, so have the attributes."""
+    """Prompt plus answer exceed the context; the text has both numbers, so have the attributes.
 
-    def __init__(self, num_prompt_tokens: int, max_tokens: int, context: int) -> None:
+    `prompt_field` is what the request calls its prompt.
+    """
+
+    def __init__(self, num_prompt_tokens: int, max_tokens: int, context: int, prompt_field: str = "prompt") -> None:
         super().__init__(
             f"this model's context is {context} tokens, but the request asks for {num_prompt_tokens + max_tokens}: "
             f"{num_prompt_tokens} in the prompt and {max_tokens} for the answer. Shorten either.",
-            "max_tokens" if num_prompt_tokens < context else "messages",
+            "max_tokens" if num_prompt_tokens < context else prompt_field,
         )
         self.num_prompt_tokens, self.max_tokens, self.context = num_prompt_tokens, max_tokens, context
 
@@ -83,7 +86,7 @@ class SamplingParams:
     """How one request's tokens are chosen and when it ends. Each request of a running batch keeps its own."""
 
     max_tokens: int | None = None  # None: as many as the context leaves; 0 only together with prompt_logprobs
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0 is greedy, as is anything below 1e-6
     top_p: float = 1.0  # the smallest set of tokens with this probability
     top_k: int = 0  # 0: no limit
     seed: int | None = None  # the same request with the same seed gives the same text; None: a new seed each time

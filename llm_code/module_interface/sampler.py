@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm_code.module_interface.interface import SamplingParams
-from llm_code.module_interface.slots import Slots, has_penalties
+from llm_code.module_interface.slots import Slots, has_penalties, temperature_of
 
 CANDIDATES = 256  # on a CPU the cuts are looked for among so many first; rows that need more are sorted
 
@@ -34,7 +34,7 @@ class Needs:
     def of(rows: Iterable[SamplingParams]) -> "Needs":
         rows = list(rows)
         asked = [p.logprobs for p in rows if p.logprobs is not None]
-        sampled = [p for p in rows if p.temperature > 0]
+        sampled = [p for p in rows if temperature_of(p) > 0]
         return Needs(
             sampling=bool(sampled),
             top_k=any(p.top_k > 0 for p in sampled),

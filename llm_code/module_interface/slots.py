@@ -11,6 +11,7 @@ import torch
 from llm_code.module_interface.interface import SamplingParams
 
 MASK = (1 << 64) - 1
+LEAST_TEMPERATURE = 1e-6
 
 
 def mix(number: int) -> int:
@@ -49,7 +50,7 @@ class Slots:
         """Set a slot up for a request whose tokens lie from `start` on; `said` is its answer so far."""
         self.start[slot], self.length[slot], self.generated[slot] = start, 0, len(said)
         self.min_tokens[slot], self.seed[slot] = params.min_tokens, mix(seed)
-        self.temperature[slot], self.top_p[slot], self.top_k[slot] = params.temperature, params.top_p, params.top_k
+        self.temperature[slot], self.top_p[slot], self.top_k[slot] = temperature_of(params), params.top_p, params.top_k
         self.repetition[slot] = params.repetition_penalty
         self.frequency[slot], self.presence[slot] = params.frequency_penalty, params.presence_penalty
         self.penalised[slot], self.biased[slot] = has_penalties(params), bool(params.logit_bias)
@@ -83,6 +84,11 @@ class Slots:
             self.counts.index_put_((rows, tokens), torch.ones_like(rows, dtype=torch.int32), accumulate=True)
         self.last_token[rows] = tokens
         self.generated[rows] += 1
+
+
+def temperature_of(params: SamplingParams) -> float:
+    """The temperature, 0 for greedy: so is one so small that a score divided by it may be no float32 any more."""
+    return params.temperature if params.temperature >= LEAST_TEMPERATURE else 0.0
 
 
 def has_penalties(params: SamplingParams) -> bool:

@@ -17,6 +17,7 @@ from finetune.errors import UserError
 from finetune.models import load_tokenizer
 from llm_code.module_interface.checks import check_request
 from llm_code.module_interface.engine_base import EngineBase, recommended_params
+from llm_code.module_interface.event_data import DONE, event_data
 from llm_code.module_interface.interface import (
     CANCELLED,
     ERROR,
@@ -136,11 +137,10 @@ class UpstreamEngine(EngineBase):
         async with self._client.stream("POST", f"{self._url}/completions", json=body) as reply:
             if reply.status_code != 200:
                 raise refusal(reply.status_code, await reply.aread(), reply.headers)
-            async for line in reply.aiter_lines():
-                data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-                if data == "[DONE]":
+            async for data in event_data(reply):
+                if data == DONE:
                     return
-                if data and (event := answer.read(json.loads(data))):
+                if event := answer.read(json.loads(data)):
                     yield event
 
     def stats(self) -> EngineStats:

@@ -16,10 +16,15 @@ class Admission:
         self.total, self.per_key, self.metrics = total, per_key, metrics
         self.taken: Counter[str] = Counter()
 
-    def take(self, key: str, count: int) -> None:
-        """Admit `count` answers of a key or raise ApiError: 429, or 400 for more than there is room for at all."""
-        if count > (self.per_key or self.total):
-            raise invalid(f"this server answers at most {self.per_key or self.total} choices at a time", "n")
+    def take(self, key: str, count: int, param: str) -> None:
+        """Admit `count` answers of a key or raise ApiError: 429, or 400 for more than there is room for at all.
+
+        `param` is the request's field that asks for so many.
+        """
+        most = self.per_key or self.total
+        if count > most:
+            message = f"this server gives at most {most} answers at a time, {count} were asked for"
+            raise invalid(f"{param}: {message}", param)
         if self.taken.total() + count > self.total:
             self._refuse("queue_full", f"the server is busy: {self.total} requests run and wait already")
         if self.per_key and self.taken[key] + count > self.per_key:

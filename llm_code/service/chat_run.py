@@ -21,11 +21,11 @@ from llm_code.service.run import Run
 
 class ChatRun(Run):
     request: ChatCompletionRequest
-    prefix = "chatcmpl"
+    prefix, prompt_field = "chatcmpl", "messages"
 
     def encode_prompts(self) -> list[list[int]]:
         messages = self.request.plain_messages()
-        self.refuse_overlong("\n".join(message["content"] for message in messages), "messages")
+        self.refuse_overlong("\n".join(message["content"] for message in messages))
         return [self.engine.encode_chat(messages)]
 
     def max_tokens(self) -> int | None:

@@ -11,7 +11,6 @@ order, with `error` in place of `answer` where there was none (the exit status i
 import argparse
 import asyncio
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from finetune.errors import UserError, run_main
+from llm_code.service.settings import own_key
 
 if TYPE_CHECKING:
     from llm_code.service.client_api import Client
@@ -46,7 +46,7 @@ def read_questions(path: Path, system: str | None) -> list[Messages]:
     if not path.is_file():
         raise UserError(f"{path}: expected a file of questions, found none.")
     conversations = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         messages = [{"role": "user", "content": line.strip()}]
@@ -63,11 +63,16 @@ def _messages_of(line: str, place: str) -> Messages:
         row = json.loads(line)
     except ValueError as error:
         raise UserError(f"{place}: expected a JSON object: {error}") from None
-    if isinstance(row.get("messages"), list):
-        return row["messages"]
-    if not isinstance(row.get("query"), str):
-        raise UserError(f"{place}: expected `query` or `messages` in the object.")
-    return [{"role": "user", "content": row["query"]}]
+    messages = row.get("messages")
+    if messages is None:
+        messages = [{"role": "user", "content": row.get("query")}]
+    if not isinstance(messages, list) or not messages or not all(map(_has_text, messages)):
+        raise UserError(f"{place}: expected a text in `query`, or `messages`: a list of objects with a text `content`.")
+    return messages
+
+
+def _has_text(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("content"), str)
 
 
 def _with_system(messages: Messages, system: str | None) -> Messages:
@@ -140,9 +145,8 @@ async def run(args: argparse.Namespace) -> int:
 
     given = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     options = {name: value for name, value in given.items() if value is not None}
-    key = os.environ.get("API_KEY", "").split(",")[0] or None
     conversations = read_questions(args.file, args.system) if args.file else []
-    async with Client(args.url.rstrip("/").removesuffix("/v1"), key, options, args.patience) as client:
+    async with Client(args.url.rstrip("/").removesuffix("/v1"), own_key(), options, args.patience) as client:
         if args.question is not None:
             await print_answer(client, _with_system([{"role": "user", "content": args.question}], args.system))
         elif not args.file:

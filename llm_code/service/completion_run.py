@@ -21,12 +21,15 @@ class CompletionRun(Run):
     def num_answers(self) -> int:
         return len(self.request.prompt) * self.choices_per_prompt
 
+    def number_field(self) -> str:
+        return "prompt" if len(self.request.prompt) > 1 else "n"
+
     def encode_prompts(self) -> list[list[int]]:
         return [self._encode(prompt) for prompt in self.request.prompt]
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            self.refuse_overlong(prompt, "prompt")
+            self.refuse_overlong(prompt)
             prompt_ids = self.engine.encode_text(prompt)
             if not prompt_ids:
                 raise InvalidRequest("expected a prompt of at least one token", "prompt")

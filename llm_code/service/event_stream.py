@@ -6,6 +6,8 @@ from typing import Any
 
 import httpx
 
+from llm_code.module_interface.event_data import DONE, event_data
+
 
 class BrokenOff(Exception):
     """The answer ended before its end; what came until then stands."""
@@ -13,11 +15,8 @@ class BrokenOff(Exception):
 
 async def chunks(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The events of a stream up to [DONE]. Raises BrokenOff for an error in the middle of it."""
-    async for line in answer.aiter_lines():
-        name, _, data = line.partition(":")
-        if name != "data":  # comments keep the connection alive
-            continue
-        if data.strip() == "[DONE]":
+    async for data in event_data(answer):
+        if data == DONE:
             return
         try:
             chunk = json.loads(data)

@@ -22,7 +22,7 @@ REPLIES = (
 FAULTS = {
     400: "the request is at fault; param names the field",
     401: "no valid key",
-    403: "a Host that is not this machine's, where no key is set",
+    403: "a Host that is not this machine's, where no key is set; a page of another site",
     404: "no such model",
     413: "the body is too large",
     415: "the body is not JSON",

@@ -4,6 +4,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from llm_code.service.errors import ApiError
 from llm_code.service.http import EventStream, json_reply, read_json, unless_gone
 from llm_code.service.lifecycle import FAILED, READY, Lifecycle
 from llm_code.service.openapi import document
@@ -37,6 +38,7 @@ async def ask(request: Request) -> Response:
     if request.method == "POST":
         value = await read_json(request, lifecycle.settings.max_body_bytes)
     else:
+        _refuse_other_sites(request, lifecycle.settings.cors_origins)
         value = dict(request.query_params)
     body = validated(AskRequest, value)
     return json_reply(await unless_gone(request.receive, serving.ask(body, request.state.key)))
@@ -74,6 +76,14 @@ async def metrics(request: Request) -> Response:
 
 async def openapi(request: Request) -> Response:
     return JSONResponse(document())
+
+
+def _refuse_other_sites(request: Request, allowed: tuple[str, ...]) -> None:
+    """Raise ApiError 403 where a page of elsewhere has its browser ask, as an image's address can: it need not be able
+    to read the answer to have it computed. A POST is kept from such a page by its content type."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site in ("cross-site", "same-site") and origin not in allowed:
+        raise ApiError(403, "pages of other sites may not ask", code="other_site")
 
 
 def _lifecycle(request: Request) -> Lifecycle:

@@ -41,7 +41,7 @@ class Run(ABC):
     `key` says whose request it is. Raises ApiError, or the engine's errors, while its events are read.
     """
 
-    prefix = "cmpl"
+    prefix, prompt_field = "cmpl", "prompt"
 
     def __init__(self, host: Host, request: Sampling, params: SamplingParams, model: str, key: str) -> None:
         self.host, self.engine, self.metrics = host, host.engine, host.metrics
@@ -58,6 +58,10 @@ class Run(ABC):
 
     def num_answers(self) -> int:
         return self.choices_per_prompt
+
+    def number_field(self) -> str:
+        """The field that decides how many answers there are."""
+        return "n"
 
     @abstractmethod
     def encode_prompts(self) -> list[list[int]]:
@@ -91,7 +95,7 @@ class Run(ABC):
 
     async def _start(self) -> Answers:
         count = self.num_answers()
-        self.host.admission.take(self.key, count)
+        self.host.admission.take(self.key, count, self.number_field())
         release = partial(self.host.admission.release, self.key)
         try:
             jobs = await asyncio.get_running_loop().run_in_executor(self.host.encoder, self._jobs)
@@ -116,17 +120,17 @@ class Run(ABC):
         wanted, context = self.max_tokens(), self.engine.limits.context
         room = context - num_prompt_tokens
         if room < (1 if wanted is None else wanted):
-            raise ContextTooLong(num_prompt_tokens, wanted or 1, context)
+            raise ContextTooLong(num_prompt_tokens, wanted or 1, context, self.prompt_field)
         return wanted if wanted is not None else min(room, self.host.settings.default_max_tokens)
 
-    def refuse_overlong(self, text: str, param: str) -> None:
+    def refuse_overlong(self, text: str) -> None:
         """Raise ApiError for a text that cannot fit, having encoded no more of it than shows that."""
         context, size = self.engine.limits.context, self.engine.limits.context * CHARACTERS_PER_TOKEN
         while size < len(text):
             num_tokens = len(self.engine.encode_text(text[:size], add_special_tokens=False))
             if num_tokens > context:
                 message = f"this model's context is {context} tokens, but the prompt alone has over {num_tokens}"
-                raise invalid(message, param, "context_length_exceeded")
+                raise invalid(message, self.prompt_field, "context_length_exceeded")
             size *= 4
 
     def usage(self) -> Usage:

@@ -22,6 +22,8 @@ def sampling_params(
     if isinstance(request, ChatCompletionRequest):
         return replace(params, logprobs=(request.top_logprobs or 0) if request.logprobs else None)
     echoed = request.logprobs if request.echo else None
+    if request.max_tokens == 0:  # the engine computes a prompt without an answer for its scores alone
+        echoed = request.logprobs or 0
     return replace(params, logprobs=request.logprobs, prompt_logprobs=echoed)
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from finetune.errors import UserError, run_main
 from llm_code.module_interface.load import EngineSettings, add_engine_arguments, load_engine, settings_of
-from llm_code.service.settings import ServiceSettings, check_address
+from llm_code.service.settings import ServiceSettings, api_keys, check_address
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,7 +46,7 @@ def service_settings(args: argparse.Namespace) -> ServiceSettings:
     settings = ServiceSettings(
         host=args.host,
         port=args.port,
-        api_keys=tuple(key for key in os.environ.get("API_KEY", "").split(",") if key),
+        api_keys=api_keys(),
         model_aliases=tuple(args.model_alias),
         any_model=args.any_model,
         cors_origins=tuple(args.cors_origin),

@@ -1,6 +1,7 @@
 """What the service is told at its start: address, keys, names, limits and clocks."""
 
 import ipaddress
+import os
 from dataclasses import dataclass
 
 from finetune.errors import UserError
@@ -30,6 +31,16 @@ class ServiceSettings:
     comment_seconds: float = 15.0  # a comment keeps a silent stream open
     drain_seconds: float = 60.0  # running requests may finish after SIGTERM
     linger_seconds: float = 1.0  # a service whose engine died shows it so long before it ends
+
+
+def api_keys() -> tuple[str, ...]:
+    """The keys in API_KEY: separated by commas, blanks around them are no part of them."""
+    return tuple(key for part in os.environ.get("API_KEY", "").split(",") if (key := part.strip()))
+
+
+def own_key() -> str | None:
+    """The key that a client of the service sends: the first one, None where there is none."""
+    return next(iter(api_keys()), None)
 
 
 def check_address(settings: ServiceSettings) -> None:

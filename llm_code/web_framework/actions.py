@@ -60,6 +60,8 @@ def retry(chat: list[Any], system: str, identity: str | None, event: gr.RetryDat
 def edit(chat: list[Any], system: str, identity: str | None, event: gr.EditData) -> tuple:
     messages, question = plain(chat), text_of(event.value)
     messages[event.index]["content"] = text_of(event.previous_value)
+    if not question.strip():  # the browser shows it empty already
+        return messages, *(gr.skip(),) * 6
     return begin(messages[: event.index], question, (messages, question), system, identity)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, run_main
+from llm_code.service.settings import own_key
 
 HOST = "127.0.0.1"
 # Whatever a model writes or a library wants: the browser asks nobody but this server.
@@ -111,8 +112,7 @@ def main() -> None:
     os.environ.update(NO_PROXY=HOST, no_proxy=HOST)
     from llm_code.web_framework.service import Service
 
-    key = os.environ.get("API_KEY", "").split(",")[0]  # the service may know several
-    page = build_page(Service(args.service_url, key or None), args.feedback_file)
+    page = build_page(Service(args.service_url, own_key()), args.feedback_file)
     url, ended = launch(page, args.port), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
