@@ -1,6 +1,5 @@
 """Prompts answered by a service that speaks the OpenAI protocol, several requests at a time."""
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import UserError
 from finetune.partial_results import config_hash
 from llm_code.llm_evaluation.answering import Answers, Batch, Decoding, Prompt
+from llm_code.service.settings import own_key
 
 if TYPE_CHECKING:
     import httpx
@@ -58,7 +58,7 @@ class Service:
         """One pool of connections for all threads."""
         import httpx
 
-        key = os.environ.get("API_KEY", "").split(",")[0]  # the service takes several
+        key = own_key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         is_here = httpx.URL(self.base_url).host in ("127.0.0.1", "localhost", "::1")
         # a proxy that the environment names cannot reach this machine
