@@ -26,6 +26,21 @@ qwen_adapter = $(qwen_base) $(call need,QWEN_ADAPTER_DIR)--adapter_name_or_path 
 qwen_merged = $(call need,QWEN_MERGED_DIR)--model_name_or_path "$$QWEN_MERGED_DIR"
 wrong_model = $(error QWEN_EVAL_MODEL must be base, adapter or merged, got: $(QWEN_EVAL_MODEL))
 qwen_model = $(or $(qwen_$(QWEN_EVAL_MODEL)),$(wrong_model))
+# Where qwen-eval writes: a file for each model, so that none overwrites another's, unless this call names the file.
+qwen_result_base = $$QWEN_BASE_RESULT_FILE
+qwen_result_adapter = $$QWEN_RESULT_FILE
+qwen_result_merged = $${QWEN_RESULT_FILE%.csv}_merged.csv
+qwen_result = $(qwen_result_$(if $(filter file,$(origin QWEN_RESULT_FILE)),$(QWEN_EVAL_MODEL),adapter))
+
+# How many cards baichuan-train takes.
+comma := ,
+baichuan_cards = $(words $(subst $(comma), ,$(BAICHUAN_GPUS)))
+
+# A $ in a question is a dollar, not the beginning of a variable of make.
+ifdef QUESTION
+override QUESTION := $(value QUESTION)
+export QUESTION
+endif
 
 ##@ Start
 .PHONY: help
@@ -34,11 +49,11 @@ help: ## show this text
 
 .PHONY: quickstart
 quickstart: ## the whole path with a tiny model on this machine: install, train, evaluate, merge, compare
-	@$(call step) python3 scripts/quickstart.py
+	@$(call step) python3 scripts/quickstart.py $(ARGS)
 
 .PHONY: doctor
 doctor: ## check card, driver, memory, disk, Python and settings, and say what to do (NET=1: the hub too)
-	@$(call step) python3 scripts/doctor.py $(if $(filter 1,$(NET)),--net)
+	@$(call step) python3 scripts/doctor.py $(if $(filter 1,$(NET)),--net) $(ARGS)
 
 .PHONY: config
 config: ## every setting, its value and where it came from
@@ -59,7 +74,7 @@ instance: ## [3] prepare a rented box: directories, net-tools, vim's encodings
 
 .PHONY: modelscope-env
 modelscope-env: ## [4-5] create modelscope_env, the environment of the downloads
-	@$(call need,ENVS_DIR)$(call step) python3 scripts/environment.py modelscope_env
+	@$(call need,ENVS_DIR)$(call step) python3 scripts/environment.py modelscope_env $(ARGS)
 
 .PHONY: tunnel
 tunnel: ## [19] on your own computer: the box's page and service on 127.0.0.1 (ARGS=--print for the Windows line)
@@ -88,19 +103,19 @@ stop: ## end a step with SIGTERM and wait for it (STEP=qwen-train; TIMEOUT=60 ki
 ##@ Project 1, qwen_qlora: QLoRA of Qwen-14B-Chat on one 48 GB card
 .PHONY: qwen-env
 qwen-env: ## [7-8] create qwen_env, the environment of the other steps
-	@$(call need,ENVS_DIR)$(call step) python3 scripts/environment.py qwen_env
+	@$(call need,ENVS_DIR)$(call step) python3 scripts/environment.py qwen_env $(ARGS)
 
 .PHONY: qwen-download
 qwen-download: ## [6] download the base model and convert it to a current layout
 	@$(call need,BASE_MODEL_DIR QWEN_MODEL_ID QWEN_MODEL_REVISION QWEN_MODEL_DIR)$(call step,modelscope_env) python -m qwen_qlora.qwen_download \
 	  --model_id "$$QWEN_MODEL_ID" --revision "$$QWEN_MODEL_REVISION" --source "$$SOURCE" \
-	  --download_dir "$$BASE_MODEL_DIR" --model_dir "$$QWEN_MODEL_DIR" --keep_original "$$KEEP_ORIGINAL"
+	  --download_dir "$$BASE_MODEL_DIR" --model_dir "$$QWEN_MODEL_DIR" --keep_original "$$KEEP_ORIGINAL" $(ARGS)
 
 .PHONY: qwen-data
 qwen-data: ## [9] check the rows: lengths, cuts, duplicates, overlap of training and test
 	@$(call need,QWEN_MODEL_DIR)$(call step,qwen_env) python -m finetune.data_report --model_dir "$$QWEN_MODEL_DIR" \
 	  --train_file "$$QWEN_TRAIN_FILE" --test_file "$$QWEN_TEST_FILE" \
-	  --max_seq_length "$$(sed -n 's/.*"max_seq_length": *\([0-9]*\).*/\1/p' "$$QWEN_TRAIN_CONFIG")" $(ARGS)
+	  --train_args_file "$$QWEN_TRAIN_CONFIG" $(ARGS)
 
 .PHONY: qwen-plan
 qwen-plan: ## [9] memory, time and money of a training run, also for cards not rented yet (GPU=A100-80G GPUS=2)
@@ -116,7 +131,7 @@ qwen-train: ## [9-10] train the adapter (BG=1 detaches it; ARGS="--learning_rate
 .PHONY: qwen-eval
 qwen-eval: ## [14] answer the 500 test rows, write gold and predicted answers and metrics
 	@$(call step,qwen_env) python -m qwen_qlora.evaluation.model_evaluation $(qwen_model) \
-	  --test_file "$$QWEN_TEST_FILE" --result_file "$$QWEN_RESULT_FILE" --mode "$$QWEN_EVAL_MODE" \
+	  --test_file "$$QWEN_TEST_FILE" --result_file "$(qwen_result)" --mode "$$QWEN_EVAL_MODE" \
 	  $(if $(QWEN_EVAL_LIMIT),--limit "$$QWEN_EVAL_LIMIT") $(ARGS)
 
 .PHONY: qwen-merge
@@ -131,27 +146,27 @@ qwen-chat: ## talk to the model in the terminal
 ##@ Project 2, llm_code: all parameters of Baichuan2-7B-Chat on 80 GB cards
 .PHONY: baichuan-env
 baichuan-env: ## [7-8] create llm_env, the environment of the steps from training on
-	@$(call need,ENVS_DIR)$(call step) python3 scripts/environment.py llm_env
+	@$(call need,ENVS_DIR)$(call step) python3 scripts/environment.py llm_env $(ARGS)
 
 .PHONY: baichuan-download
 baichuan-download: ## [6] download the base model and convert it to a current layout
 	@$(call need,BASE_MODEL_DIR BAICHUAN_MODEL_ID BAICHUAN_MODEL_REVISION BAICHUAN_MODEL_DIR)$(call step,modelscope_env) \
 	  python -m llm_code.llm_download.baichuan2_7B_base_download \
 	  --model_id "$$BAICHUAN_MODEL_ID" --revision "$$BAICHUAN_MODEL_REVISION" --source "$$SOURCE" \
-	  --download_dir "$$BASE_MODEL_DIR" --model_dir "$$BAICHUAN_MODEL_DIR" --keep_original "$$KEEP_ORIGINAL"
+	  --download_dir "$$BASE_MODEL_DIR" --model_dir "$$BAICHUAN_MODEL_DIR" --keep_original "$$KEEP_ORIGINAL" $(ARGS)
 
 .PHONY: baichuan-data
 baichuan-data: ## [9] check the rows: lengths, cuts, duplicates, overlap of training and test
 	@$(call need,BAICHUAN_MODEL_DIR)$(call step,llm_env) python -m finetune.data_report --model_dir "$$BAICHUAN_MODEL_DIR" \
 	  --train_file "$$BAICHUAN_TRAIN_FILE" --test_file "$$BAICHUAN_TEST_FILE" \
-	  --max_seq_length "$$(sed -n 's/.*"max_seq_length": *\([0-9]*\).*/\1/p' "$$BAICHUAN_TRAIN_CONFIG")" $(ARGS)
+	  --train_args_file "$$BAICHUAN_TRAIN_CONFIG" $(ARGS)
 
 .PHONY: baichuan-plan
 baichuan-plan: ## [9] memory, time and money by DeepSpeed stage and number of cards (GPU=A100-80G GPUS=2)
 	@$(call step,$(if $(wildcard $(ENVS_DIR)/llm_env),llm_env)) python3 -m finetune.plan --method full \
 	  --train_args_file "$$BAICHUAN_TRAIN_CONFIG" --model "$${BAICHUAN_MODEL_DIR:-$$BAICHUAN_MODEL_ID}" \
 	  --train_file "$$BAICHUAN_TRAIN_FILE" $${BAICHUAN_OUTPUT_DIR:+--output_dir "$$BAICHUAN_OUTPUT_DIR"} \
-	  $(if $(GPU),--gpu "$(GPU)") $(if $(GPUS),--num_gpus "$(GPUS)") $(ARGS)
+	  $(if $(GPU),--gpu "$(GPU)") --num_gpus "$(or $(GPUS),$(baichuan_cards))" $(ARGS)
 
 .PHONY: baichuan-train
 baichuan-train: ## [10-11] train all parameters (BG=1 detaches it; ARGS="--num_train_epochs 1" overrides the JSON)

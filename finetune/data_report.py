@@ -1,6 +1,6 @@
 """Check the rows of a fine-tuning before the card is paid for.
 
-    python -m finetune.data_report --model_dir DIR --train_file F [--test_file F] --max_seq_length 1024
+    python -m finetune.data_report --model_dir DIR --train_file F [--test_file F] --train_args_file JSON
 
 Reads the files with the model's own tokenizer and chat format, prints counts, lengths, what the length limit does, the
 balance of short answers and repetitions. Exit 2 with the first ten problems and their lines when a row leaves nothing
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.arguments import parse_arguments as parse_experiment
 from finetune.errors import UserError, run_main
 from finetune.rows import MAX_PROBLEMS_SHOWN, Row, read_rows
 
@@ -123,20 +124,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model_dir", required=True, help="the checkpoint whose tokenizer counts")
     parser.add_argument("--train_file", type=Path, required=True, help="rows to train on, JSON lines")
     parser.add_argument("--test_file", type=Path, help="held-out rows, JSON lines")
-    parser.add_argument("--max_seq_length", type=int, required=True, help="tokens a row may have")
+    parser.add_argument("--train_args_file", metavar="JSON", help="the experiment, which says how long a row may be")
+    parser.add_argument("--max_seq_length", type=int, help="tokens a row may have, in place of the experiment's")
     return parser.parse_args()
+
+
+def length_limit(args: argparse.Namespace) -> int:
+    """The flag, else what the experiment says or leaves at its default."""
+    if args.max_seq_length is not None:
+        return args.max_seq_length
+    experiment = ["--train_args_file", args.train_args_file] if args.train_args_file else []
+    return parse_experiment(experiment).data.max_seq_length
 
 
 def main() -> int:
     args = parse_arguments()
+    limit = length_limit(args)
 
     from finetune.models import check_model_dir, load_tokenizer
 
     tokenizer = load_tokenizer(check_model_dir(args.model_dir))
-    train, problems = check_file(args.train_file, tokenizer, args.max_seq_length)
+    train, problems = check_file(args.train_file, tokenizer, limit)
     if args.test_file:
         print()
-        test, test_problems = check_file(args.test_file, tokenizer, args.max_seq_length)
+        test, test_problems = check_file(args.test_file, tokenizer, limit)
         leaked = [f"{args.test_file}: {problem}" for problem in leaks(train, test)]
         print(f"also in training     {len(leaked):,}")
         problems += test_problems + leaked

@@ -175,5 +175,9 @@ def write_record(folder: Path, wish: Wish, complete: bool) -> None:
     from finetune.checkpoint.layouts import DOWNLOAD_MARKER
     from finetune.checkpoint.small_files import write_json
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file in its place, or nobody may write there
+        keys = "BASE_MODEL_DIR, QWEN_MODEL_DIR, BAICHUAN_MODEL_DIR"
+        raise UserError(f"{error.filename}: {error.strerror}. Name a folder you may write to ({keys}).") from error
     write_json(folder / DOWNLOAD_MARKER, wish.record | {"complete": complete})

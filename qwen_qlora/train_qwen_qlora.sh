@@ -20,7 +20,9 @@ num_processes() {
   elif [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
     tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
   else
-    nvidia-smi --list-gpus | grep -c . || echo 1
+    local cards
+    cards="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)" # it is there, but may list no card
+    echo "$((cards > 0 ? cards : 1))"
   fi
 }
 

@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts import settings  # noqa: E402
-from scripts.environment import OLDEST_DRIVER  # noqa: E402
-from scripts.nvidia import NONE_FOUND, cuda_version, find_cards  # noqa: E402
+from scripts.environment import OLDEST_DRIVER, target_of  # noqa: E402
+from scripts.nvidia import cuda_version, find_cards, none_found  # noqa: E402
 from scripts.package_install import EnvironmentFailed, choose_manager, find_python  # noqa: E402
 
 # What the steps write below each setting, in GB (10^9 bytes), for Qwen-14B-Chat: its 14.17e9 parameters in 16 bits are
-# 28.3 GB, once as downloaded, once converted, once merged; a rank-64 adapter has 0.223e9 parameters, and a checkpoint
-# holds them and Adam's two moments in 32 bits (2.7 GB), two at a time while one replaces the other.
-DISK_GB = {"BASE_MODEL_DIR": 28.3, "QWEN_MODEL_DIR": 28.3, "QWEN_OUTPUT_DIR": 6.3, "QWEN_MERGED_DIR": 28.3}
+# 28.3 GB, once as downloaded, once converted, once merged; a rank-64 adapter has 0.249e9 parameters, and a checkpoint
+# holds them and Adam's two moments in 32 bits (3.0 GB), two at a time while one replaces the other; final/ has 1.0 GB.
+DISK_GB = {"BASE_MODEL_DIR": 28.3, "QWEN_MODEL_DIR": 28.3, "QWEN_OUTPUT_DIR": 7.0, "QWEN_MERGED_DIR": 28.3}
 # The same for Baichuan2-7B-Chat: 7.51e9 parameters are 15 GB, as downloaded and converted; a checkpoint of full
 # training has at most 16 bytes a parameter (120.1 GB; 45 GB without DeepSpeed), two at a time; final/ has 15 GB.
 BAICHUAN_DISK_GB = {"BAICHUAN_MODEL_DIR": 30.0, "BAICHUAN_OUTPUT_DIR": 255.2}
@@ -50,7 +50,7 @@ def check_settings() -> list[Finding]:
 def check_cards() -> list[Finding]:
     cards = find_cards()
     if not cards:
-        return [("warn", "card", NONE_FOUND)]
+        return [("warn", "card", none_found())]
     found = []
     for card in cards:
         gib = card.memory_mib / 1024
@@ -91,7 +91,7 @@ def _check_disks(sizes: dict[str, float], what: str, too_little: str) -> list[Fi
             wanted.setdefault(place.stat().st_dev, (place, []))[1].append(key)
     found = []
     for place, keys in wanted.values():
-        need = sum(sizes[key] for key in keys if not _has_files(Path(os.environ[key])))
+        need = sum(_missing_gb(key, sizes[key]) for key in keys)
         free = shutil.disk_usage(place).free / 1e9
         text = f"{place}: {free:.0f} GB free, {what} takes {need:.0f} GB more ({', '.join(keys)})"
         if free < need and "BASE_MODEL_DIR" in keys:
@@ -104,8 +104,17 @@ def _existing_parent(path: Path) -> Path:
     return path if path.exists() else _existing_parent(path.absolute().parent)
 
 
+def _missing_gb(key: str, size: float) -> float:
+    """What is still to be written: of a download that was cut the rest, of another place all or nothing."""
+    folder = Path(os.environ[key])
+    if key != "BASE_MODEL_DIR":
+        return 0 if _has_files(folder) else size
+    model = folder / os.environ.get("QWEN_MODEL_ID", "")  # other models may lie beside it
+    return max(0, size - sum(file.stat().st_size for file in model.rglob("*") if file.is_file()) / 1e9)
+
+
 def _has_files(folder: Path) -> bool:
-    """Whether weights lie in the folder or one below it (the model id)."""
+    """Whether weights lie in the folder or below it (in a checkpoint)."""
     return any(folder.glob("**/*.safetensors")) or any(folder.glob("**/*.bin"))
 
 
@@ -124,8 +133,7 @@ def check_python() -> list[Finding]:
     for name in ("modelscope_env", "qwen_env", "llm_env"):
         folder = Path(os.environ.get("ENVS_DIR", "")) / name
         there = os.environ.get("ENVS_DIR") and (folder / "requirements.sha256").exists()
-        target = name.replace("_", "-")
-        found.append(("ok", name, str(folder)) if there else ("warn", name, f"not there yet: make {target}"))
+        found.append(("ok", name, str(folder)) if there else ("warn", name, f"not there yet: make {target_of(name)}"))
     return found
 
 
@@ -147,8 +155,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", action="store_true", help="also try to reach the hub that SOURCE names")
     arguments = parser.parse_args()
-    findings = [*check_settings(), *check_cards(), *check_memory(), *check_disks(), *check_python()]
-    findings += check_net() if arguments.net else []
+    checks = [check_settings, check_cards, check_memory, check_disks, check_python]
+    findings = []
+    for check in [*checks, check_net] if arguments.net else checks:
+        try:
+            findings += check()
+        except OSError as error:  # a place this user may not even look into
+            findings.append(("FAIL", check.__name__.removeprefix("check_"), settings.advice_on(error)))
     for level, subject, text in findings:
         print(f"{level:<5} {subject:<15} {text}")
     return 1 if any(level == "FAIL" for level, _, _ in findings) else 0

@@ -73,6 +73,11 @@ def ensure(name: str) -> Path:
     return folder
 
 
+def target_of(name: str) -> str:
+    """The target of make that creates an environment."""
+    return {"llm_env": "baichuan-env", ".venv": "quickstart"}.get(name, name.replace("_", "-"))
+
+
 def folder_of(name: str) -> Path:
     if name == ".venv":
         return ROOT / ".venv"
@@ -146,6 +151,9 @@ def main() -> int:
         ensure(name)
     except (EnvironmentFailed, settings.SettingsError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {settings.advice_on(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -83,11 +83,14 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         settings.load()
-        report = make_directories()
-    except (settings.SettingsError, OSError) as error:
+        report = [*make_directories(), install_net_tools(), set_vim_encodings(arguments.vimrc)]
+    except settings.SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join([*report, install_net_tools(), set_vim_encodings(arguments.vimrc)]))
+    except OSError as error:
+        print(f"error: {settings.advice_on(error)}", file=sys.stderr)
+        return 2
+    print("\n".join(report))
     return 0
 
 

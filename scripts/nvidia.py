@@ -14,10 +14,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-NONE_FOUND = (
+MISSING = (
     "No NVIDIA card here: nvidia-smi is not on PATH. On a rented box choose an instance with a card; "
     "without one only the small models of make quickstart and make test run, on the processor."
 )
+SILENT = "nvidia-smi lists no card: run it to see why (make gpu)."
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ def find_cards() -> list[Card]:
     return [Card(int(index), name, int(memory), driver) for index, name, memory, driver in rows]
 
 
+def none_found() -> str:
+    """Why no card was found."""
+    return SILENT if shutil.which("nvidia-smi") else MISSING
+
+
 def cuda_version() -> str:
     """The newest CUDA version the driver supports, from the head of nvidia-smi's table."""
     text = subprocess.run(["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60).stdout.decode()
@@ -51,7 +57,7 @@ def main() -> int:
     parser.add_argument("action", choices=["show", "watch"])
     action = parser.parse_args().action
     if not shutil.which("nvidia-smi"):
-        print(f"error: {NONE_FOUND}", file=sys.stderr)
+        print(f"error: {MISSING}", file=sys.stderr)
         return 2
     command = ["nvidia-smi"] if action == "show" else ["watch", "-n", "1", "nvidia-smi"]
     os.execvp(command[0], command)

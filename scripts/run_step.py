@@ -21,13 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.settings import read_example  # noqa: E402
+from scripts.environment import target_of, unfinished_mark  # noqa: E402
+from scripts.settings import advice_on, read_example  # noqa: E402
 from scripts.step_process import run_and_wait, supervise  # noqa: E402
 from scripts.step_state import StepError, StepState, last_lines  # noqa: E402
-from scripts.step_watch import advice, follow_log, outcome, show_status, stop  # noqa: E402
+from scripts.step_watch import EXCLUSIVE, advice, follow_log, outcome, show_status, stop  # noqa: E402
 
 GRACE_SECONDS = 2
-TARGET_OF_ENVIRONMENT = {"llm_env": "baichuan-env", ".venv": "quickstart"}
 
 
 def run(name: str, environment: str | None, command: list[str]) -> int:
@@ -40,9 +40,12 @@ def run(name: str, environment: str | None, command: list[str]) -> int:
     if state.has_processes():
         raise _already_running(state)
     variables = step_variables(name, environment)
+    background = _is_on("BG")
+    lock = _hold(state, background) if background or name.endswith(EXCLUSIVE) else None
     print(announcement, file=sys.stderr, flush=True)
-    if _is_on("BG"):
-        return _detach(state, command, variables)
+    if background:
+        return _detach(state, lock, command, variables)
+    # In front this process holds the lock until it ends.
     status, _ = run_and_wait(name, command, variables)
     print(advice(name, status), file=sys.stderr, end="")
     return status
@@ -61,10 +64,10 @@ def step_variables(name: str, environment: str | None) -> dict[str, str]:
     if environment is None:
         return variables
     folder = Path(environment).absolute()
-    target = TARGET_OF_ENVIRONMENT.get(folder.name, folder.name.replace("_", "-"))
+    target = target_of(folder.name)
     if not (folder / "bin" / "python").exists():
         raise StepError(f"{name}: no environment at {folder}. Create it first: make {target}")
-    if folder.with_name(folder.name + ".unfinished").exists():
+    if unfinished_mark(folder).exists():
         raise StepError(f"{name}: the environment at {folder} is not complete. Continue it: make {target}")
     variables.pop("PYTHONHOME", None)
     variables.update(VIRTUAL_ENV=str(folder), PATH=f"{folder / 'bin'}{os.pathsep}{variables.get('PATH', '')}")
@@ -78,16 +81,30 @@ def _is_on(switch: str) -> bool:
     return value == "1"
 
 
+def _hold(state: StepState, background: bool) -> int:
+    """The descriptor of the step's lock. Raises StepError while another run has it, or when logs/ takes no file."""
+    try:
+        lock = state.acquire(in_front=not background)
+    except OSError as error:
+        raise StepError(f"{state.name}: logs/ cannot be written ({error.strerror})") from error
+    if lock is None:
+        raise _already_running(state)
+    return lock
+
+
 def _already_running(state: StepState) -> StepError:
+    pid = state.pid_in_front()
+    if pid:
+        return StepError(f"{state.name} is already running in front (pid {pid}). End it with Ctrl-C in its terminal")
     return StepError(f"{state.name} is already running. Look: make status. End it: make stop STEP={state.name}")
 
 
-def _detach(state: StepState, command: list[str], variables: dict[str, str]) -> int:
+def _detach(state: StepState, lock: int, command: list[str], variables: dict[str, str]) -> int:
     """Start a supervisor in a session of its own and stay long enough to show a step that fails at once."""
-    lock = state.acquire()
-    if lock is None:
-        raise _already_running(state)
-    log = state.new_log()
+    try:
+        log = state.new_log()
+    except OSError as error:
+        raise StepError(f"{state.name}: logs/ cannot be written ({error.strerror})") from error
     supervisor = subprocess.Popen(
         [sys.executable, __file__, "supervise", state.name, "--", *command],
         env={**variables, "PYTHONUNBUFFERED": "1"},
@@ -134,9 +151,12 @@ def main() -> int:
             return show_status(arguments.name)
         if arguments.action == "logs":
             return follow_log(arguments.name, follow=sys.stdout.isatty() and not arguments.print)
-        return stop(arguments.name, arguments.timeout)
+        return stop(arguments.name, arguments.timeout, dry_run=_is_on("DRY_RUN"))
     except StepError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {advice_on(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -68,6 +68,18 @@ def load() -> None:
             os.environ.setdefault(key, value)
 
 
+def advice_on(error: OSError) -> str:
+    """What to do about a file or folder that cannot be used: the settings that lead to it, where some do."""
+    if error.filename is None:
+        return str(error)
+    path = f"{os.fsdecode(error.filename)}/"
+    places = {key: f"{os.environ[key]}/" for key in read_example() if os.environ.get(key, "").startswith("/")}
+    keys = [key for key, place in places.items() if path.startswith(place)]
+    keys = keys or [key for key, place in places.items() if place.startswith(path)]
+    advice = f". Set {', '.join(keys)} in .env to a folder you may use" if keys else ""
+    return f"{error.filename}: {error.strerror}{advice}"
+
+
 def _assignments(path: Path) -> list[tuple[int, str, str]]:
     """(line number, key, value) of every assignment."""
     found = []

@@ -10,6 +10,9 @@ from scripts.step_process import send
 from scripts.step_state import StepError, StepState, known_steps, last_lines, processes_of
 
 RESUMABLE = ("-env", "-download", "-train", "-eval", "-merge", "-mmcu", "-bleu")
+# Steps whose results two runs at once would spoil: one run at a time, also in front. Evaluations look after their files
+# themselves (finetune.partial_results), so that two models can be evaluated on two cards.
+EXCLUSIVE = ("-env", "-download", "-train", "-merge", "-finalize")
 
 
 def advice(name: str, status: int) -> str:
@@ -73,15 +76,18 @@ def follow_log(name: str | None, follow: bool) -> int:
     return 0
 
 
-def stop(name: str | None, timeout: float | None) -> int:
+def stop(name: str | None, timeout: float | None, dry_run: bool = False) -> int:
     """Send SIGTERM, wait until the step has ended and say how. Only with a timeout is it killed after that."""
     step = _find(name) if name else _only_running()
     if step is None:
         print("Nothing is running in the background.")
         return 0
     record = step.read()
-    if record["status"] not in ("running", "lost"):
+    if not _has_processes(record):
         print(f"Not running: {outcome(record)}")
+        return 0
+    if dry_run:
+        print(f"Would send SIGTERM to {step.name} (pid {record['pid']}) and wait for its end.")
         return 0
     limit = (
         f"it is killed after {timeout:g} s" if timeout is not None else "no time limit; set one with TIMEOUT=seconds"
@@ -97,6 +103,11 @@ def stop(name: str | None, timeout: float | None) -> int:
         time.sleep(0.1)
     print(outcome(step.read()))
     return 0
+
+
+def _has_processes(record: dict) -> bool:
+    """Whether there is something to end: of a lost step often nothing is left."""
+    return record["status"] == "running" or record["status"] == "lost" and bool(processes_of(record["mark"]))
 
 
 def _find(name: str) -> StepState:
@@ -116,7 +127,7 @@ def _newest() -> StepState:
 
 
 def _only_running() -> StepState | None:
-    running = [step for step in known_steps() if step.read()["status"] in ("running", "lost")]
+    running = [step for step in known_steps() if _has_processes(step.read())]
     if len(running) > 1:
         raise StepError(f"several steps are running; say which: make stop STEP={'|'.join(s.name for s in running)}")
     return running[0] if running else None

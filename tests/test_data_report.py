@@ -51,9 +51,11 @@ def write_rows(path, pairs):
 
 @pytest.fixture(scope="module")
 def report(tiny_qwen):
-    def run(train, test=None, limit=64):
+    def run(train, test=None, limit=64, experiment=None):
         command = [sys.executable, "-m", "finetune.data_report", "--model_dir", tiny_qwen, "--train_file", train]
-        command += ["--max_seq_length", str(limit)] + (["--test_file", test] if test else [])
+        command += ["--max_seq_length", limit] if limit else []
+        command += ["--train_args_file", experiment] if experiment else []
+        command += ["--test_file", test] if test else []
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
     return run
@@ -85,3 +87,15 @@ def test_problems_end_with_status_2_and_their_lines(report, tmp_path):
     assert f"{test}: line 1: its prompt is line 3 of the training file" in done.stderr
     too_short = report(train, limit=8)
     assert too_short.returncode == 2 and "line 3: no supervised token within 8" in too_short.stderr
+
+
+@pytest.mark.parametrize(
+    ("written", "limit", "told"), [({"max_seq_length": 48}, None, 48), ({}, None, 1024), ({}, 32, 32)]
+)
+def test_the_length_is_the_flags_or_the_experiments_or_its_default(report, tmp_path, written, limit, told):
+    experiment = tmp_path / "experiment.json"
+    experiment.write_text(json.dumps(written))
+    rows = write_rows(tmp_path / "train.jsonl", [("你好", "是"), ("再见", "否")])
+    done = report(rows, limit=limit, experiment=experiment)
+    assert done.returncode == 0, done.stderr
+    assert f"over {told:,} tokens" in done.stdout

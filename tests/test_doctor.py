@@ -47,9 +47,9 @@ def places(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("free", "level"), [(91.3e9, "ok"), (91.1e9, "FAIL")])
+@pytest.mark.parametrize(("free", "level"), [(92.0e9, "ok"), (91.8e9, "FAIL")])
 def test_disk_is_compared_with_three_copies_of_the_model_and_two_checkpoints(places, monkeypatch, free, level):
-    """3 x 28.3 GB + 6.3 GB = 91.2 GB."""
+    """3 x 28.3 GB + 7.0 GB (2 x 3.0 GB and final/) = 91.9 GB."""
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
     found = doctor.check_disks()
     assert len(found) == 1 and found[0][0] == level
@@ -61,7 +61,41 @@ def test_what_is_on_the_disk_already_is_not_asked_for_again(places, monkeypatch)
     weights = places / "QWEN_MODEL_DIR" / "deeper" / "model-00001-of-00002.safetensors"
     weights.parent.mkdir(parents=True)
     weights.touch()
-    assert "takes 63 GB more" in doctor.check_disks()[0][2]
+    assert "takes 64 GB more" in doctor.check_disks()[0][2]
+
+
+def test_of_the_original_the_bytes_of_this_model_are_subtracted_and_no_others(places, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=100e9))
+    folder = places / "BASE_MODEL_DIR" / "deeper"
+    for name, size in (("baichuan-inc/Baichuan2-7B-Chat", 15e9), ("qwen/Qwen-14B-Chat", 8.3e9)):
+        (folder / name).mkdir(parents=True)
+        with open(folder / name / "model.safetensors", "wb") as file:
+            file.truncate(int(size))  # a hole: nothing is written
+    assert "takes 84 GB more" in doctor.check_disks()[0][2]  # 91.9 - 8.3
+
+
+def test_a_place_nobody_may_look_into_is_a_finding(places, monkeypatch, capsys):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(doctor, "_existing_parent", forbidden)
+    monkeypatch.setattr(doctor.settings, "load", lambda: None)  # it would leave its values to the other tests
+    monkeypatch.setattr(doctor.sys, "argv", ["doctor.py"])
+    assert doctor.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    told = f"{places}/BASE_MODEL_DIR/deeper: Permission denied. Set BASE_MODEL_DIR in .env to a folder you may use"
+    assert f"FAIL  disks           {told}" in lines
+    assert any(" memory " in line for line in lines) and any(" python " in line for line in lines)
+
+
+@pytest.mark.parametrize(("there", "words"), [(True, "lists no card: run it to see why"), (False, "is not on PATH")])
+def test_a_missing_and_a_silent_nvidia_smi_are_told_apart(tmp_path, monkeypatch, there, words):
+    if there:
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ((level, _, text),) = doctor.check_cards()
+    assert level == "warn" and f"nvidia-smi {words}" in text
 
 
 @pytest.mark.parametrize(("free", "level"), [(286e9, "ok"), (285e9, "warn")])
@@ -97,5 +131,6 @@ def test_make_doctor_looks_at_this_machine_and_names_the_environment_to_make(che
     assert lines["settings"].startswith("ok")
     assert lines["qwen_env"] == f"ok    qwen_env        {tmp_path}/qwen_env"
     assert lines["modelscope_env"] == "warn  modelscope_env  not there yet: make modelscope-env"
+    assert lines["llm_env"] == "warn  llm_env         not there yet: make baichuan-env"
     assert lines["memory"].endswith("GB") or "GB;" in lines["memory"]
     assert "net" not in lines

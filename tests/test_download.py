@@ -275,6 +275,12 @@ def test_one_folder_for_original_and_converted_is_refused_before_the_long_part(t
     assert not hub.transfers(SHARD)
 
 
+def test_a_file_in_place_of_the_folder_is_one_line(tmp_path, hub):
+    (tmp_path / "base").touch()
+    with pytest.raises(UserError, match=r"base.*: Not a directory\. Name a folder you may write to \(BASE_MODEL_DIR"):
+        download_model(wish(tmp_path))
+
+
 def test_index_that_names_a_file_the_hub_has_not(tmp_path, hub):
     (hub.models[MODEL_ID]["v1.0.8"] / SHARD).unlink()
     with pytest.raises(UserError, match=f"its index names {SHARD}, which is not there"):

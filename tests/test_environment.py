@@ -182,3 +182,13 @@ def test_an_environment_without_a_place_is_refused(monkeypatch):
     monkeypatch.delenv("ENVS_DIR", raising=False)
     with pytest.raises(package_install.EnvironmentFailed, match="qwen_env needs ENVS_DIR"):
         environment.ensure("qwen_env")
+
+
+def test_a_place_that_cannot_be_written_is_one_line(fakes, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ENVS_DIR", str(tmp_path / "file" / "envs"))
+    monkeypatch.setattr(environment.settings, "load", lambda: None)  # it would leave its values to the other tests
+    monkeypatch.setattr(environment.sys, "argv", ["environment.py", "qwen_env"])
+    assert environment.main() == 2
+    told = f"error: {tmp_path}/file/envs: Not a directory. Set ENVS_DIR in .env to a folder you may use\n"
+    assert capsys.readouterr().err.endswith(told)

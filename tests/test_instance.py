@@ -72,3 +72,20 @@ def test_make_instance_says_what_it_did_and_the_second_time_that_all_was_there(c
     assert first.stdout.count("created") == 3 and "encodings appended" in first.stdout
     second = make("instance", f"ARGS=--vimrc {tmp_path}/vimrc", environment=variables)
     assert second.stdout.count("was there") == 4 and "had the encodings" in second.stdout
+
+
+@pytest.mark.parametrize("broken", ["ENVS_DIR", "--vimrc"])
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, broken):
+    (tmp_path / "ifconfig").write_text("#!/bin/sh\n")
+    (tmp_path / "ifconfig").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "file").touch()
+    for key in instance.DIRECTORIES:
+        monkeypatch.setenv(key, str(tmp_path / ("file/x" if key == broken else key)))
+    vimrc = tmp_path / ("file/vimrc" if broken == "--vimrc" else "vimrc")
+    monkeypatch.setattr(instance.settings, "load", lambda: None)  # it would leave its values to the other tests
+    monkeypatch.setattr(instance.sys, "argv", ["instance.py", "--vimrc", str(vimrc)])
+    assert instance.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/file") and "Not a directory" in error
+    assert ("Set ENVS_DIR in .env to a folder you may use" in error) == (broken == "ENVS_DIR")

@@ -190,19 +190,25 @@ def test_auto_without_a_card_and_with_a_checkpoint(tmp_path: Path, monkeypatch: 
     [
         ("baichuan-env", "python3 scripts/environment.py llm_env"),
         ("baichuan-download", "--model_id baichuan-inc/Baichuan2-7B-Chat --revision v1.0.2 --source modelscope"),
-        ("baichuan-data", "--test_file llm_code/data/psychology_test.jsonl --max_seq_length 512"),
+        (
+            "baichuan-data",
+            "--test_file llm_code/data/psychology_test.jsonl --train_args_file llm_code/training_config/baichuan2",
+        ),
         (
             "baichuan-plan",
             "finetune.plan --method full --train_args_file llm_code/training_config/baichuan2_config.json",
         ),
+        ("baichuan-plan", "--output_dir /o --num_gpus 2"),  # the cards of BAICHUAN_GPUS, as in training
+        ("baichuan-plan BAICHUAN_GPUS=1,3,4", "--output_dir /o --num_gpus 3"),
+        ("baichuan-plan GPUS=8", "--output_dir /o --num_gpus 8"),
         ("baichuan-finalize", "python -m llm_code.finalize --model_name_or_path /m --output_dir /o"),
     ],
 )
 def test_a_dry_run_of_every_step_prints_its_command(target: str, words: str) -> None:
     values = ["ENVS_DIR=/e", "BASE_MODEL_DIR=/b", "BAICHUAN_MODEL_DIR=/m", "BAICHUAN_OUTPUT_DIR=/o", "DRY_RUN=1"]
-    done = subprocess.run(["make", target, *values], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(["make", *target.split(), *values], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"-----> {target}: ") and words in done.stdout
+    assert done.stdout.startswith(f"-----> {target.split()[0]}: ") and words in done.stdout
 
 
 def refusal(output_dir: Path, model_dir: Path, *flags: str) -> str:

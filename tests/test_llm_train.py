@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.conftest import REPOSITORY
+from tests.conftest import NOT_COPIED, REPOSITORY
 from tests.two_hosts import SSHD, two_hosts
 
 ROWS = REPOSITORY / "llm_code" / "data" / "psychology_data.jsonl"
@@ -44,6 +44,8 @@ def settings(tiny_baichuan: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     folder = tmp_path_factory.mktemp("llm")
     (folder / "envs").mkdir()
     (folder / "envs" / "llm_env").symlink_to(Path(sys.executable).parent.parent)
+    # A copy for this process of the tests: of one clone only one training may run at a time.
+    shutil.copytree(REPOSITORY, folder / "checkout", ignore=lambda _, names: NOT_COPIED.intersection(names))
     rows = folder / "rows.jsonl"
     rows.write_text("".join(ROWS.open(encoding="utf-8").readlines()[:44]), encoding="utf-8")
     return {
@@ -52,6 +54,7 @@ def settings(tiny_baichuan: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         "BAICHUAN_MODEL_DIR": str(tiny_baichuan),
         "BAICHUAN_TRAIN_FILE": str(rows),
         "PYTHONUNBUFFERED": "1",
+        "CHECKOUT": str(folder / "checkout"),
     }
 
 
@@ -75,7 +78,9 @@ class Step:
         with open(self.log, "w") as log:
             command = [*prefix, "make", "baichuan-train", f"ARGS={flags}"]
             options = {"stdin": subprocess.DEVNULL, "start_new_session": True}
-            self.process = subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=log, stderr=log, **options)
+            self.process = subprocess.Popen(
+                command, cwd=settings["CHECKOUT"], env=variables, stdout=log, stderr=log, **options
+            )
 
     def text(self) -> str:
         return self.log.read_text()
@@ -288,7 +293,7 @@ def test_stage_3_goes_on_with_another_number_of_ranks(
     shutil.rmtree(output_dir / "final")
     command = ["make", "baichuan-finalize"]
     variables = {**settings, "BAICHUAN_OUTPUT_DIR": str(output_dir)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=settings["CHECKOUT"], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "checked: LlamaForCausalLM, " in done.stdout and f"checkpoint-{UPDATES}" in done.stdout
     check_same_weights(output_dir / "final", reference / "final", atol=0.01)  # in the base's bfloat16

@@ -16,12 +16,22 @@ PLACES = {
 }
 DATA = "qwen_qlora/data/text_matching_data"
 BASE = ["--model_name_or_path", "/models/my qwen", "--load_in_4bit"]
-EVALUATION = f"--test_file {DATA}_test.jsonl --result_file {DATA}_test_result.csv --mode generate --limit 500".split()
 MODULE = ["python", "-m", "qwen_qlora.evaluation.model_evaluation"]
+
+
+def evaluation(suffix: str = "", file: str = "") -> list[str]:
+    """The flags of an evaluation, whose result has the model in its name unless the call names the file."""
+    result = file or f"{DATA}_test_result{suffix}.csv"
+    return f"--test_file {DATA}_test.jsonl --result_file {result} --mode generate --limit 500".split()
+
+
 COMMANDS = {
     "quickstart": ["python3", "scripts/quickstart.py"],
     "doctor": ["python3", "scripts/doctor.py"],
     "doctor NET=1": ["python3", "scripts/doctor.py", "--net"],
+    "doctor ARGS=--net": ["python3", "scripts/doctor.py", "--net"],
+    "quickstart ARGS=-x": ["python3", "scripts/quickstart.py", "-x"],
+    "qwen-env ARGS=-x": ["python3", "scripts/environment.py", "qwen_env", "-x"],
     "test ARGS=-x": ["bash", "scripts/test.sh", "-x"],
     "lint": ["bash", "scripts/lint.sh"],
     "instance": ["python3", "scripts/instance.py"],
@@ -29,25 +39,27 @@ COMMANDS = {
     "gpu": ["python3", "scripts/nvidia.py", "show"],
     "gpu-watch": ["python3", "scripts/nvidia.py", "watch"],
     "qwen-env": ["python3", "scripts/environment.py", "qwen_env"],
-    "qwen-download SOURCE=huggingface": shlex.split(
+    "qwen-download SOURCE=huggingface ARGS=--help": shlex.split(
         "python -m qwen_qlora.qwen_download --model_id qwen/Qwen-14B-Chat --revision v1.0.8 --source huggingface "
-        "--download_dir /models --model_dir '/models/my qwen' --keep_original 1"
+        "--download_dir /models --model_dir '/models/my qwen' --keep_original 1 --help"
     ),
     "qwen-data": shlex.split(
         "python -m finetune.data_report --model_dir '/models/my qwen' "
-        f"--train_file {DATA}_train.jsonl --test_file {DATA}_test.jsonl --max_seq_length 1024"
+        f"--train_file {DATA}_train.jsonl --test_file {DATA}_test.jsonl "
+        "--train_args_file qwen_qlora/config/qwen-14b-qlora.json"
     ),
     "qwen-plan GPU=A100-80G GPUS=2": shlex.split(
         "python3 -m finetune.plan --method qlora --train_args_file qwen_qlora/config/qwen-14b-qlora.json "
         f"--model '/models/my qwen' --train_file {DATA}_train.jsonl --output_dir /out --gpu A100-80G --num_gpus 2"
     ),
-    "qwen-eval": [*MODULE, *BASE, "--adapter_name_or_path", "/out/final", *EVALUATION],
-    "qwen-eval QWEN_EVAL_MODEL=base": [*MODULE, *BASE, *EVALUATION],
+    "qwen-eval": [*MODULE, *BASE, "--adapter_name_or_path", "/out/final", *evaluation()],
+    "qwen-eval QWEN_EVAL_MODEL=base": [*MODULE, *BASE, *evaluation("_base")],
+    "qwen-eval QWEN_EVAL_MODEL=base QWEN_RESULT_FILE=$$HOME/b.csv": [*MODULE, *BASE, *evaluation(file="$HOME/b.csv")],
     "qwen-eval QWEN_EVAL_MODEL=merged QWEN_EVAL_LIMIT=": [
         *MODULE,
         "--model_name_or_path",
         "/merged",
-        *EVALUATION[:-2],
+        *evaluation("_merged")[:-2],
     ],
     "qwen-merge": shlex.split(
         "python -m qwen_qlora.utils.merge_lora --model_name_or_path '/models/my qwen' "

@@ -84,3 +84,31 @@ def test_the_page_is_written_through_make(make, tmp_path, project):
     assert "MMCU strict is left out" in done.stderr
     page = (results / f"{project}_report" / "report.md").read_text(encoding="utf-8")
     assert page.startswith("# trained: before and after fine-tuning") and "better after fine-tuning" in page
+
+
+@pytest.mark.parametrize("command_line", [[], ["QWEN_RESULT_FILE=/results/mine.csv"]])
+def test_qwen_report_reads_what_qwen_eval_writes(make, checkout, command_line):
+    """With the settings of a copied .env.example; one given for both calls wins."""
+    (checkout / ".env").write_text("QWEN_RESULT_FILE=/results/r.csv\nQWEN_BASE_RESULT_FILE=/results/b.csv\n")
+    places = {**PLACES, "QWEN_OUTPUT_DIR": "/out"}
+
+    def words(*target):
+        return shlex.split(make(*target, *command_line, "DRY_RUN=1", environment=places).stdout)
+
+    report, written = words("qwen-report"), []
+    for model in ("adapter", "base"):
+        flags = words("qwen-eval", f"QWEN_EVAL_MODEL={model}")
+        written.append(flags[flags.index("--result_file") + 1].replace(".csv", ".jsonl"))
+    base, tuned = report[report.index("test rows") + 1 :][:2]
+    assert tuned == written[0]
+    assert base == written[1] or command_line
+
+
+def test_a_question_keeps_its_dollars(make):
+    question = "what is $5 or $(shell echo 1) and 'a' \"b\"?"
+    for told in ({"QUESTION": question}, {}):
+        arguments = [] if told else [f"QUESTION={question}"]
+        done = make("baichuan-client", *arguments, "DRY_RUN=1", environment={**PLACES, **told})
+        words = shlex.split(done.stdout)
+        assert words[words.index("--question") + 1] == question
+    assert "--question" not in make("baichuan-client", "DRY_RUN=1", environment=PLACES).stdout

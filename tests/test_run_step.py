@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import run_step as run_step_module
+
 RUN = ["python3", "scripts/run_step.py"]
 # A step that says when it is ready, and saves before it leaves: the shape of a training step.
 SAVES = 'trap "echo saving; sleep 0.2; echo saved; exit 143" TERM INT; echo ready; while true; do sleep 0.1; done'
@@ -177,6 +179,119 @@ def test_a_step_whose_supervisor_was_killed_is_lost_and_can_still_be_stopped(che
     assert "x was lost" in run_step(checkout, "stop").stdout
     assert not exists(pid)
     assert run_step(checkout, "run", "x", "--", "true").returncode == 0
+
+
+def test_a_lost_step_of_which_nothing_is_left_is_not_running(checkout):
+    run_step(checkout, "run", "x", "--", "bash", "-c", SAVES, BG="1")
+    os.kill(record(checkout, "x")["supervisor"], signal.SIGKILL)
+    os.killpg(record(checkout, "x")["pid"], signal.SIGKILL)
+    wait_for(lambda: not exists(record(checkout, "x")["pid"]))
+    assert "Nothing is running" in run_step(checkout, "stop").stdout
+    assert "Not running: x was lost: its supervisor was killed" in run_step(checkout, "stop", "x").stdout
+
+
+def test_a_dry_run_of_stop_stops_nothing(make, checkout):
+    run_step(checkout, "run", "x", "--", "bash", "-c", SAVES, BG="1")
+    pid = record(checkout, "x")["pid"]
+    done = make("stop", "STEP=x", "DRY_RUN=1")
+    assert (done.returncode, done.stdout) == (0, f"Would send SIGTERM to x (pid {pid}) and wait for its end.\n")
+    assert exists(pid) and record(checkout, "x")["status"] == "running"
+    assert "x stopped after" in make("stop", "STEP=x").stdout
+
+
+@pytest.fixture
+def in_front(checkout):
+    """Start a step in front and wait until it is ready; what is left of it is ended."""
+    started = []
+
+    def start(name: str) -> subprocess.Popen:
+        command = [*RUN, "run", name, "--", "bash", "-c", SAVES]
+        started.append(subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout.readline() == "ready\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", ["qwen-train", "baichuan-finalize", "qwen-env"])
+def test_a_second_run_of_a_step_that_writes_is_refused_while_one_is_in_front(checkout, in_front, name):
+    first = in_front(name)
+    for background in ("0", "1"):
+        again = run_step(checkout, "run", name, "--", "echo", "ran", BG=background)
+        assert (again.returncode, again.stdout) == (2, "")
+        told = f"{name} is already running in front (pid {first.pid}). End it with Ctrl-C in its terminal"
+        assert again.stderr == f"error: {told}\n"
+    assert "No step was started in the background" in run_step(checkout, "status").stdout
+    assert "Nothing is running" in run_step(checkout, "stop").stdout
+    assert run_step(checkout, "run", "qwen-merge" if name != "qwen-merge" else "x", "--", "echo").returncode == 0
+    first.terminate()
+    assert first.wait() == 143
+    assert run_step(checkout, "run", name, "--", "echo", "ran").stdout == "ran\n"
+
+
+def test_a_run_in_front_does_not_revive_the_record_of_a_lost_one(checkout, in_front):
+    run_step(checkout, "run", "qwen-train", "--", "bash", "-c", SAVES, BG="1")
+    os.kill(record(checkout, "qwen-train")["supervisor"], signal.SIGKILL)
+    os.killpg(record(checkout, "qwen-train")["pid"], signal.SIGKILL)
+    wait_for(lambda: not exists(record(checkout, "qwen-train")["pid"]))
+    first = in_front("qwen-train")
+    assert " lost " in run_step(checkout, "status").stdout
+    assert "Not running" in run_step(checkout, "stop", "qwen-train").stdout
+    assert first.poll() is None
+    first.terminate()
+    first.wait()
+    assert run_step(checkout, "run", "qwen-train", "--", "bash", "-c", SAVES, BG="1").returncode == 0
+    assert " running " in run_step(checkout, "status").stdout
+    assert "qwen-train stopped" in run_step(checkout, "stop", "qwen-train").stdout
+
+
+@pytest.mark.parametrize("name", ["baichuan-client", "qwen-eval"])
+def test_steps_that_ask_or_look_after_their_files_run_beside_themselves(checkout, in_front, name):
+    in_front(name)
+    assert run_step(checkout, "run", name, "--", "echo", "ran").stdout == "ran\n"
+
+
+def test_a_step_may_run_other_steps(checkout):
+    inner = ["python3", "scripts/run_step.py", "run", "qwen-eval", "--", "echo", "inner"]
+    assert run_step(checkout, "run", "quickstart", "--", *inner).stdout == "inner\n"
+    assert run_step(checkout, "run", "qwen-train", "--", *inner).stdout == "inner\n"
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", "{}", '"running"'])
+def test_a_broken_record_is_skipped_with_a_remark(checkout, broken):
+    run_step(checkout, "run", "y", "--", "echo", BG="1")
+    (checkout / "logs" / "x.json").write_text(broken)
+    for action in ("status", "stop", "logs"):
+        done = run_step(checkout, action)
+        assert done.returncode == 0
+        assert "Skipped: logs/x.json is no record of a step. Remove it: rm logs/x.json\n" in done.stderr
+    assert run_step(checkout, "status").stdout.startswith("y ")
+    assert run_step(checkout, "run", "x", "--", "echo", BG="1").returncode == 0
+    assert record(checkout, "x")["status"] == "finished"
+
+
+@pytest.mark.parametrize("name", ["x", "qwen-train"])
+def test_logs_that_cannot_be_written_are_named(checkout, name):
+    (checkout / "logs").write_text("a file in the way")
+    done = run_step(checkout, "run", name, "--", "echo", BG="1")
+    assert (done.returncode, done.stderr) == (2, f"error: {name}: logs/ cannot be written (File exists)\n")
+
+
+def test_an_environment_nobody_may_look_into_is_named(monkeypatch, capsys):
+    """As a user of a box whose .env still has root's folders; simulated, since root may look everywhere."""
+
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied", "/root/envs/qwen_env/bin/python")
+
+    monkeypatch.setenv("ENVS_DIR", "/root/envs")
+    monkeypatch.setattr(run_step_module, "step_variables", forbidden)
+    monkeypatch.setattr("sys.argv", ["run_step.py", "run", "x", "--env", "/root/envs/qwen_env", "--", "true"])
+    assert run_step_module.main() == 2
+    told = "/root/envs/qwen_env/bin/python: Permission denied. Set ENVS_DIR in .env to a folder you may use"
+    assert capsys.readouterr().err == f"error: {told}\n"
 
 
 def test_logs_follow_until_the_step_ends(checkout):

@@ -109,3 +109,22 @@ def test_load_sets_nothing_for_an_empty_value(checkout):
     variables = {key: value for key, value in os.environ.items() if key != "HF_ENDPOINT"}
     done = subprocess.run([sys.executable, "-c", program], cwd=checkout, env=variables, capture_output=True, text=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        ("/data/envs/qwen_env/bin/python", "ENVS_DIR"),
+        ("/data/envs", "ENVS_DIR"),
+        ("/data", "BASE_MODEL_DIR, ENVS_DIR"),
+        ("/data/envs2", ""),
+    ],
+)
+def test_an_unusable_path_is_told_with_the_setting_that_leads_there(monkeypatch, path, keys):
+    for key in settings.read_example():
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("ENVS_DIR", "/data/envs")
+    monkeypatch.setenv("BASE_MODEL_DIR", "/data/models")
+    advice = f". Set {keys} in .env to a folder you may use" if keys else ""
+    assert settings.advice_on(PermissionError(13, "Permission denied", path)) == f"{path}: Permission denied{advice}"
+    assert "Broken pipe" in settings.advice_on(BrokenPipeError(32, "Broken pipe"))
