@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -143,6 +144,8 @@ def test_a_closed_page_stops_the_engine(visitor, service):
     for question in ("很长，关闭", "排队，关闭"):
         visitor.send(question)
         service.wait_until(lambda s, q=question: any(r["messages"][-1]["content"] == q for r in s.requests))
+        # Closed before the page hears of the answer, gradio may not notice it.
+        visitor.page.locator(STATUS).get_by_text(re.compile("等待回答|词元")).wait_for()
         visitor.page.close()
         service.wait_until(lambda s, q=question: q in s.closed)
         visitor.page = visitor.open()
