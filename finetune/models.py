@@ -12,17 +12,16 @@ from finetune.identity import check_adapter
 LEGACY_TYPES = ("qwen", "baichuan")
 # Steps that make the folders which .env names; every other model folder is a download's.
 MADE_BY = {
-    "LLM_MODULE_MODEL_PATH": "make baichuan-train` and `make baichuan-finalize",
-    "QWEN_MERGED_DIR": "make qwen-merge",
+    "LLM_MODULE_MODEL_PATH": "`make baichuan-train` and `make baichuan-finalize`",
+    "QWEN_MERGED_DIR": "`make qwen-merge`",
 }
-DOWNLOADS = "make qwen-download` (or `make baichuan-download"
+DOWNLOADS = "`make qwen-download` (or `make baichuan-download`)"
 
 
 def _run_first(folder: Path) -> str:
     """What makes this folder."""
     made = (step for key, step in MADE_BY.items() if os.environ.get(key) and Path(os.environ[key]) == folder)
-    step = next(made, DOWNLOADS + "`)")
-    return f"Run `{step}{'' if step.endswith(')') else '`'} first, or name another folder in .env."
+    return f"Run {next(made, DOWNLOADS)} first, or name another folder in .env."
 
 
 def check_model_dir(model_dir: str | Path) -> Path:

@@ -126,8 +126,7 @@ def full_option(shape: Shape, gpu: Gpu, gpus: int, stage: str, train: TrainArgum
 
 def full_options(shape: Shape, gpu: Gpu, gpus: int, train: TrainArguments, work: Workload) -> list[Option]:
     """Every stage on so many cards: `none` on one only, 1 to 3 on several, offloading on any number."""
-    stages = [stage for stage in STAGES if gpus > 1 and stage != "none" or stage in ("none", "2-offload", "3-offload")]
-    stages = [stage for stage in stages if stage != "none" or gpus == 1]
+    stages = [stage for stage in STAGES if stage.endswith("offload") or (stage == "none") == (gpus == 1)]
     return [full_option(shape, gpu, gpus, stage, train, work) for stage in stages]
 
 
