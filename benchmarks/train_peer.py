@@ -2,10 +2,12 @@
 
     python -m benchmarks.train_peer padded --rows_at_once 4 --train_args_file JSON ...
     python -m benchmarks.train_peer unsloth --tokens_at_once 8192 --recompute unsloth --train_args_file JSON ...
+    python -m benchmarks.train_peer float32 --train_args_file JSON ...
 
 `padded` is what QLoRA programs do that are built of transformers, peft and bitsandbytes alone: batches padded to their
 longest row, every layer recomputed, all logits. `unsloth` is Unsloth's model on rows packed without padding
-(benchmarks.peer_unsloth). Writes OUTPUT_DIR/train_report.json.
+(benchmarks.peer_unsloth). `float32` is nobody's way to train, but what all of them would compute without rounding.
+Writes OUTPUT_DIR/train_report.json.
 """
 
 import argparse
@@ -46,24 +48,11 @@ class Padded:
     """transformers, peft, bitsandbytes."""
 
     def __init__(self, arguments: Arguments, dtype: "torch.dtype", device: "torch.device", rows_at_once: int) -> None:
-        from transformers import AutoModelForCausalLM
-
-        from finetune.nf4 import nf4_config
-        from finetune.qlora import attach_lora
-
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model.model_name_or_path,
-            quantization_config=nf4_config(dtype),
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation="sdpa",
-        )
+        model = _quantized(arguments, dtype, device)
         # In the peer's favour peft's prepare_model_for_kbit_training is left out: it makes the embedding and the head
         # fp32 (2.9 GiB more on a 14B).
-        model.requires_grad_(False)
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        lora = arguments.lora
-        self.model = attach_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout)
+        self.model = _with_adapter(model, arguments)
         self.device, self.dtype, self.rows_at_once = device, dtype, rows_at_once
 
     def batches(self, samples: "Sequence[Sample]") -> "list[dict[str, Any]]":
@@ -90,6 +79,46 @@ class Padded:
 
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.model(**batch, num_items_in_batch=num_supervised, use_cache=False).loss
+
+
+class Float32(Padded):
+    """One row at a time in float32; only the 4-bit weights are what 16-bit ways read, rounded to bfloat16."""
+
+    def __init__(self, arguments: Arguments, dtype: "torch.dtype", device: "torch.device") -> None:
+        import torch
+
+        model = _quantized(arguments, dtype, device)
+        for module in model.modules():
+            if hasattr(module, "compute_dtype"):
+                module.compute_dtype = torch.float32
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        self.model = _with_adapter(model, arguments)
+        self.device, self.dtype, self.rows_at_once = device, torch.float32, 1
+
+
+def _quantized(arguments: Arguments, dtype: "torch.dtype", device: "torch.device") -> Any:
+    """transformers' model with a frozen base in NF4."""
+    from transformers import AutoModelForCausalLM
+
+    from finetune.nf4 import nf4_config
+
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model.model_name_or_path,
+        quantization_config=nf4_config(dtype),
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation="sdpa",
+    )
+    return model.requires_grad_(False)
+
+
+def _with_adapter(model: Any, arguments: Arguments) -> Any:
+    from finetune.qlora import attach_lora
+
+    lora = arguments.lora
+    return attach_lora(model, lora.lora_rank, lora.lora_alpha, lora.lora_dropout)
 
 
 def updates_of(samples: "Sequence[Sample]", arguments: Arguments) -> "Iterator[list[Sample]]":
@@ -161,13 +190,15 @@ def run(make: Any, arguments: Arguments) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=["padded", "unsloth"])
+    parser.add_argument("peer", choices=["padded", "unsloth", "float32"])
     parser.add_argument("--rows_at_once", type=int, default=4, help="padded: rows of a batch")
     parser.add_argument("--tokens_at_once", type=int, default=4096, help="unsloth: tokens of a packed row, at most")
     parser.add_argument("--recompute", choices=["none", "unsloth"], default="unsloth", help="unsloth: checkpointing")
     flags, rest = parser.parse_known_args()
     if flags.peer == "padded":
         make = partial(Padded, rows_at_once=flags.rows_at_once)
+    elif flags.peer == "float32":
+        make = Float32
     else:
         from benchmarks.peer_unsloth import Unsloth
 

@@ -57,6 +57,7 @@ def main_runs() -> list[Run]:
             )
             for tokens, recompute in ((4096, "none"), (6144, "none"), (8192, "unsloth"))
         ),
+        replace(peers, name="float32", peer="float32", updates=4),
         Run("full", "all parameters", "full", "baichuan2-7b", LONG_ROWS, 16),
     ]
 

@@ -23,7 +23,7 @@ from benchmarks.train_rows import write_rows
 from finetune.arguments import parse_arguments
 from finetune.speed import full_flops_per_token, qlora_flops_per_token
 
-NEEDED = {"padded": ("peft", "bitsandbytes"), "unsloth": ("unsloth",), None: ()}
+NEEDED = {"padded": ("peft", "bitsandbytes"), "unsloth": ("unsloth",), "float32": ("peft", "bitsandbytes"), None: ()}
 UPDATES_AN_EPOCH = 32
 LOSSES_KEPT = 5  # of the first updates: later ones drift apart by rounding
 LINES_SHOWN = 12
