@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.train_plan import UNMOVED
 from finetune.pictures import picture
 from finetune.tables import markdown_table, percent
 
@@ -19,6 +20,7 @@ HEADER = (
     "planned GiB",
     "tokens at once",
     "layers kept",
+    "losses before a step differ by",
     "first losses differ by at most",
     "loads in s",
 )
@@ -54,12 +56,13 @@ def speed_of(lines: Sequence[Result]) -> float | None:
     return median(speeds) if speeds else None
 
 
-def loss_difference(lines: Sequence[Result], reference: Sequence[Result] | None) -> float | None:
-    """Largest difference of the losses of the first updates."""
-    if not reference or reference[0]["status"] != "done":
-        return None
+def loss_differences(lines: Sequence[Result], reference: Sequence[Result] | None) -> list[float]:
+    """Largest difference of the losses before the adapter moves, and of those of the first updates; [] without any."""
+    if not reference or reference[0]["status"] != "done" or lines[0] is reference[0]:
+        return []
     pairs = zip(lines[0]["losses"], reference[0]["losses"], strict=False)
-    return max((abs(one - other) for one, other in pairs), default=None)
+    differences = [abs(one - other) for one, other in pairs]
+    return [max(differences[:UNMOVED]), max(differences)] if differences else []
 
 
 def table(results: Sequence[Result]) -> str:
@@ -68,13 +71,14 @@ def table(results: Sequence[Result]) -> str:
         return "nothing was measured\n"
     last = results[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    commits = ", ".join(sorted({line["git_commit"] or "unknown" for line in results}))
     # One rate for all: it is measured in moments, between which the card grows warm, and so differs by a tenth.
     rates = [line["product_rate_tflops"] for line in results]
     rate = median(rates)
     spread = f" (median, {min(rates):.4g} to {max(rates):.4g})" if len(set(rates)) > 1 else ""
     blocks = [
         f"{last['device']}: a large product runs at {rate:.4g} TFLOP/s{spread}. {versions}. "
-        f"Commit {last['git_commit']}, {last['date'][:10]}."
+        f"Commit {commits}, {last['date'][:10]}."
     ]
     groups = grouped(results)
     training = speed_of(groups.get("QLoRA", {}).get("qlora", []))
@@ -94,7 +98,7 @@ def table(results: Sequence[Result]) -> str:
 def _row(name: str, lines: Sequence[Result], reference: Sequence[Result] | None, rate: float) -> list[str]:
     one, speeds = lines[0], [line["tokens_per_second"] for line in lines]
     ours = speed_of(reference) if reference else None
-    difference = loss_difference(lines, reference)
+    differences = [f"{difference:.1e}" for difference in loss_differences(lines, reference)]
     is_reference = reference is not None and one is reference[0]
     return [
         name,
@@ -107,7 +111,7 @@ def _row(name: str, lines: Sequence[Result], reference: Sequence[Result] | None,
         _text(one["predicted"].get("peak_memory_gib"), ".1f"),
         _text(one["token_budget"], ",d"),
         _text(one["layers_kept"], "d"),
-        f"{difference:.1e}" if difference is not None and not is_reference else "-",
+        *(differences or ["-", "-"]),
         _text(one["seconds_to_load"], ".0f"),
     ]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_train, random_model, train_runs
+from benchmarks import bench_train, random_model, train_layers, train_runs
 from benchmarks.random_model import SHAPES, build
 from benchmarks.train_rows import Workload, draw_lengths, write_rows
 from benchmarks.train_table import table
@@ -87,10 +87,33 @@ def test_the_table_compares_medians_with_ours():
     common |= {"predicted": {}, "token_budget": None, "layers_kept": None, "peak_memory_gib": 9.5, "versions": {}}
     common |= {"product_rate_tflops": 700, "git_commit": "abc", "seconds_to_load": 3, "value": None}
     speeds = [(1, 7), (1, 900), (2, 1000), (3, 5000)]  # of a round that was repeated the last counts
-    ours = [common | {"name": "qlora", "round": i, "tokens_per_second": speed, "losses": [2.0]} for i, speed in speeds]
-    text = table([*ours, common | {"name": "padded-4", "round": 1, "tokens_per_second": 250, "losses": [2.001]}])
-    assert "| padded-4 | 250 | - | 4.00 | 50.0 % | 9.5 | - | - | - | 1.0e-03 | 3 |" in text
+    common["losses"] = [2.0, 2.0, 3.0]
+    ours = [common | {"name": "qlora", "round": i, "tokens_per_second": speed} for i, speed in speeds]
+    peer = {"name": "padded-4", "round": 1, "tokens_per_second": 250, "losses": [2.001, 2.0, 2.9], "git_commit": "def"}
+    text = table([*ours, common | peer])
+    assert "Commit abc, def, 2026-01-01." in text
+    assert "| padded-4 | 250 | - | 4.00 | 50.0 % | 9.5 | - | - | - | 1.0e-03 | 1.0e-01 | 3 |" in text
     assert "| qlora | 1,000 | 900 to 5,000 | - |" in text
+
+
+def test_layers_are_measured_in_several_ways_and_one_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    words = [str(tmp_path), "--model", "tiny-qwen", "--tokens", "64", "--ways", "cuda-graph,shipped,16-bit-base"]
+    monkeypatch.setattr("sys.argv", ["train_layers", *words])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    train_layers.main()
+    graph, shipped, dense = bench_train.read_results(tmp_path / "results.jsonl")
+    assert "CUDA" in graph["error"] and "ms" not in graph
+    assert shipped["ms"] > 0 and dense["ready_s"] > 0
+    assert shipped["gradient_norm"] == pytest.approx(dense["gradient_norm"], rel=1e-6)
+    assert "| 16-bit-base | 64 |" in capsys.readouterr().out
+
+
+def test_float32_computes_what_ours_does(bench, tmp_path):
+    """16-bit arithmetic and float32: the same losses but for rounding, and different ones."""
+    flags = ["--results", str(tmp_path), "--only", "qlora,float32", "--fp16", "false", "--bf16", "true"]
+    bench_train.main([str(bench), "--size", "tiny", *flags])
+    ours, exact = bench_train.read_results(tmp_path / "results.jsonl")
+    assert ours["losses"] == pytest.approx(exact["losses"], abs=1e-3) and ours["losses"] != exact["losses"]
 
 
 def test_unknown_flags_go_to_training():
