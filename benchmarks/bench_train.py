@@ -4,7 +4,9 @@
     python -m benchmarks.bench_train FOLDER --size tiny             # the same on a CPU, in a minute
     python -m benchmarks.bench_train FOLDER --list                  # names and commands of the runs, nothing is run
     python -m benchmarks.bench_train FOLDER --only qlora,padded-16 --rounds 3 --resume
-    python -m benchmarks.bench_train FOLDER --sweep length          # how speed changes with one quantity
+    python -m benchmarks.bench_train FOLDER --group length          # how speed changes with one quantity
+    python -m benchmarks.bench_train FOLDER --group losses          # SmolLM2 on real rows
+    python -m benchmarks.bench_train FOLDER --group "losses in float32" # do all compute the same?
     python -m benchmarks.bench_train FOLDER --only qlora --label 4k --tokens_per_micro_batch 4096
 
 Flags it does not know go to training. Rounds are interleaved: every run once, then every run again. A peer that is not
@@ -20,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.train_plan import Run, all_runs, chosen
+from benchmarks.train_plan import WARM_UP, Run, all_runs, chosen
 from benchmarks.train_runs import command_of, measure
-from benchmarks.train_table import draw, table
+from benchmarks.train_table import EXACT, draw, table
 from finetune.errors import UserError, run_main
 
 DEFAULT_FOLDER = Path("outputs/bench_train")
-SWEEPS = ("rows", "length", "rank", "size")
+GROUPS = (*EXACT, "rows", "length", "rank", "size")
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -43,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--size", choices=["real", "tiny"], help="of the models [real where there is a card]")
     parser.add_argument("--list", action="store_true", help="print the runs and end")
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="these runs")
-    parser.add_argument("--sweep", action="append", choices=SWEEPS, default=[], help="may be repeated")
+    parser.add_argument("--group", action="append", choices=GROUPS, default=[], help="may be repeated")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--updates", type=int, help="of every run")
     parser.add_argument("--label", default="", help="stands behind the names of the results, where flags differ")
@@ -55,8 +57,8 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
 
 def runs_of(flags: argparse.Namespace) -> list[Run]:
     """What the command line asks for. Raises UserError for an unknown name."""
-    runs = chosen(all_runs(flags.size == "tiny"), list(filter(None, flags.only.split(","))), flags.sweep)
-    if flags.updates:
+    runs = chosen(all_runs(flags.size == "tiny"), list(filter(None, flags.only.split(","))), flags.group)
+    if flags.updates is not None:
         runs = [replace(run, updates=flags.updates) for run in runs]
     return [replace(run, name="+".join(filter(None, (run.name, flags.label)))) for run in runs]
 
@@ -75,9 +77,11 @@ def main(arguments: list[str] | None = None) -> None:
         flags.size = "real" if torch.cuda.is_available() else "tiny"
     runs = runs_of(flags)
     if flags.list:
-        for run in runs if flags.only or flags.sweep else all_runs(flags.size == "tiny").values():
+        for run in runs if flags.only or flags.group else all_runs(flags.size == "tiny").values():
             print(f"{run.name:16} {run.group:15} {run.model:14} {' '.join(command_of(run, run.flags)[2:])}")
         return
+    if flags.updates is not None and flags.updates <= WARM_UP:
+        raise UserError(f"--updates must be more than the {WARM_UP} that warm up, got {flags.updates}.")
     if flags.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {flags.rounds}.")
     flags.folder = flags.folder.absolute()  # the runs are started in the repository

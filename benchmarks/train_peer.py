@@ -82,9 +82,9 @@ class Padded:
 
 
 class Float32(Padded):
-    """One row at a time in float32; only the 4-bit weights are what 16-bit ways read, rounded to bfloat16."""
+    """In float32; only the 4-bit weights are what 16-bit ways read, rounded to bfloat16."""
 
-    def __init__(self, arguments: Arguments, dtype: "torch.dtype", device: "torch.device") -> None:
+    def __init__(self, arguments: Arguments, dtype: "torch.dtype", device: "torch.device", rows_at_once: int) -> None:
         import torch
 
         model = _quantized(arguments, dtype, device)
@@ -95,7 +95,7 @@ class Float32(Padded):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.float()
         self.model = _with_adapter(model, arguments)
-        self.device, self.dtype, self.rows_at_once = device, torch.float32, 1
+        self.device, self.dtype, self.rows_at_once = device, torch.float32, rows_at_once
 
 
 def _quantized(arguments: Arguments, dtype: "torch.dtype", device: "torch.device") -> Any:
@@ -191,14 +191,13 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=["padded", "unsloth", "float32"])
-    parser.add_argument("--rows_at_once", type=int, default=4, help="padded: rows of a batch")
+    parser.add_argument("--rows_at_once", type=int, default=4, help="padded, float32: rows of a batch")
     parser.add_argument("--tokens_at_once", type=int, default=4096, help="unsloth: tokens of a packed row, at most")
     parser.add_argument("--recompute", choices=["none", "unsloth"], default="unsloth", help="unsloth: checkpointing")
     flags, rest = parser.parse_known_args()
-    if flags.peer == "padded":
-        make = partial(Padded, rows_at_once=flags.rows_at_once)
-    elif flags.peer == "float32":
-        make = Float32
+    padded = {"padded": Padded, "float32": Float32}
+    if flags.peer in padded:
+        make = partial(padded[flags.peer], rows_at_once=flags.rows_at_once)
     else:
         from benchmarks.peer_unsloth import Unsloth
 

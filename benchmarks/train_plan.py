@@ -1,7 +1,8 @@
 """The runs of benchmarks.bench_train: which program, which model, which rows, which flags.
 
 A run of ours is the shipped command with the shipped configuration; a peer reads the same flags. The real ones are for
-a card, the tiny ones show on a CPU that everything works.
+a card, the tiny ones show on a CPU that everything works. Speed needs no trained model, so the weights are random; in
+the group `losses` a trained one learns real rows, and only its losses are looked at.
 """
 
 from dataclasses import dataclass, replace
@@ -15,11 +16,14 @@ OURS = {
 }
 SHORT_ROWS = Workload(165, 32, 1024, 64)  # text matching and the like
 LONG_ROWS = Workload(330, 64, 1024, 48)  # conversations; the shipped configuration's rows of an update
+REAL_ROWS = Workload(0, 0, 1024, 64)  # of a file: as long as they are
 TINY_ROWS = Workload(48, 32, 96, 8)
 TOKENS_PER_UPDATE = 16384  # in the sweep over lengths
 WARM_UP = 3  # updates that warm kernels and allocator up and are left out of the speed
 # The learning rate of the first update is 0, so the losses of two are those of the model as it is.
 WARMUP_STEPS, UNMOVED = 2, 2
+TRAINED = "smollm2-135m"  # the one model whose weights are not random (benchmarks.smollm2)
+REAL_FILE = "qwen_qlora/data/keywords_data_train.jsonl"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Run:
     peer: str | None = None
     peer_options: tuple[str, ...] = ()
     value: float | None = None  # what a sweep varies
+    train_file: str | None = None  # instead of rows of random words
+    exact: bool = False  # everything in float32
 
 
 def main_runs() -> list[Run]:
@@ -59,7 +65,7 @@ def main_runs() -> list[Run]:
             )
             for tokens, recompute in ((4096, "none"), (6144, "none"), (8192, "unsloth"))
         ),
-        replace(peers, name="float32", peer="float32", updates=4),
+        replace(peers, name="float32", peer="float32", updates=4, peer_options=("--rows_at_once", "1")),
         Run("full", "all parameters", "full", "baichuan2-7b", LONG_ROWS, 16),
     ]
 
@@ -80,10 +86,35 @@ def sweep_runs() -> list[Run]:
     return runs
 
 
+def loss_runs() -> list[Run]:
+    """Do all ways compute the same? In float32 equal losses say so; in 16 bits each rounds elsewhere.
+
+    `float32` has the 4-bit weights rounded as the 16-bit ways read them: what these would compute without rounding.
+    """
+    ours = Run("losses-qlora", "losses", "qlora", TRAINED, REAL_ROWS, 20, train_file=REAL_FILE)
+    padded = replace(ours, name="losses-padded-32", peer="padded", peer_options=("--rows_at_once", "32"))
+    exact = {"group": "losses in float32", "exact": True}
+    large = {"group": "losses in float32, 14B", "exact": True, "updates": 5}
+    large |= {"model": "qwen-14b", "rows": SHORT_ROWS, "train_file": None}
+    return [
+        ours,
+        replace(ours, name="losses-qlora-2048", flags=("--tokens_per_micro_batch", "2048")),  # several an update
+        padded,
+        replace(ours, name="losses-unsloth-4096", peer="unsloth", peer_options=("--recompute", "none")),
+        replace(padded, name="losses-float32", peer="float32"),
+        replace(ours, name="exact-qlora", **exact),
+        replace(padded, name="exact-padded-32", **exact),
+        replace(ours, name="exact-qlora-14b", **large),
+        replace(padded, name="exact-padded-4-14b", peer_options=("--rows_at_once", "4"), **large),
+    ]
+
+
 def tiny(run: Run) -> Run:
     """The same run for a CPU. A learning rate at which losses move, so that equal ones say something."""
     if run.method == "rows":
         return replace(run, model="tiny-qwen", rows=TINY_ROWS)
+    if run.train_file:  # the model is small as it is
+        return replace(run, rows=replace(run.rows, per_update=8), updates=5)
     rows = TINY_ROWS
     if run.group == "length":
         length = run.rows.mean // 16 + 16
@@ -97,18 +128,19 @@ def tiny(run: Run) -> Run:
 
 def all_runs(is_tiny: bool) -> dict[str, Run]:
     """Every run by its name."""
-    runs = [*main_runs(), *sweep_runs()]
+    runs = [*main_runs(), *loss_runs(), *sweep_runs()]
     return {run.name: tiny(run) if is_tiny else run for run in runs}
 
 
-def chosen(runs: dict[str, Run], only: list[str], sweeps: list[str]) -> list[Run]:
-    """The runs named by `only`, else those of the sweeps, else the main ones. Raises UserError for an unknown name."""
+def chosen(runs: dict[str, Run], only: list[str], groups: list[str]) -> list[Run]:
+    """The runs named by `only`, else those of the groups, else the main ones. Raises UserError for an unknown name."""
     unknown = [name for name in only if name not in runs]
     if unknown:
         raise UserError(f"unknown run {unknown[0]}. `--list` shows them.")
     if only:
         return [runs[name] for name in only]
-    return [run for run in runs.values() if (run.group in sweeps if sweeps else run.value is None)]
+    wanted = groups or {run.group for run in main_runs()}
+    return [run for run in runs.values() if run.group in wanted]
 
 
 def training_flags(run: Run, model_dir: str, train_file: str, output_dir: str) -> list[str]:

@@ -17,15 +17,15 @@ from typing import Any
 
 from benchmarks.data_speed import measure_rows
 from benchmarks.machine import REPOSITORY
-from benchmarks.random_model import SHAPES
-from benchmarks.train_plan import OURS, WARM_UP, Run, training_flags
+from benchmarks.train_plan import OURS, TRAINED, WARM_UP, Run, training_flags
 from benchmarks.train_rows import write_rows
 from finetune.arguments import parse_arguments
+from finetune.memory import Shape, shape_of_config
 from finetune.speed import full_flops_per_token, qlora_flops_per_token
 
 NEEDED = {"padded": ("peft", "bitsandbytes"), "unsloth": ("unsloth",), "float32": ("peft", "bitsandbytes"), None: ()}
 UPDATES_AN_EPOCH = 32
-LOSSES_KEPT = 5  # of the first updates: later ones drift apart by rounding
+LOSSES_KEPT = 20  # of the first updates
 LINES_SHOWN = 12
 SAME_FOR_ALL = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # our training sets it, so peers have it too
 LOADING = ("loading ", "plan: ")  # how the lines before and after the loading of a model begin
@@ -59,7 +59,7 @@ def measure(run: Run, folder: Path, more: Sequence[str], limit_s: float) -> dict
         model_dir = _model_dir(folder, run.model)
     except subprocess.CalledProcessError as error:
         return {**result, "status": _last(error.stderr.splitlines())}
-    rows = write_rows(folder / "rows", run.model, run.rows, UPDATES_AN_EPOCH * run.rows.per_update)
+    rows = run.train_file or write_rows(folder / "rows", run.model, run.rows, UPDATES_AN_EPOCH * run.rows.per_update)
     output_dir = folder / "output" / run.name
     shutil.rmtree(output_dir, ignore_errors=True)
     flags = [*training_flags(run, str(model_dir), str(rows), str(output_dir)), *more]
@@ -70,15 +70,19 @@ def measure(run: Run, folder: Path, more: Sequence[str], limit_s: float) -> dict
     if ended.status or not report.exists():
         print("\n".join(ended.lines[-LINES_SHOWN:]), file=sys.stderr)
         return {**result, "status": _last(ended.lines) or f"ended with {ended.status}"}
-    numbers = numbers_of(run, json.loads(report.read_text(encoding="utf-8")), flags)
+    shape = shape_of_config(json.loads((model_dir / "config.json").read_text(encoding="utf-8")))
+    numbers = numbers_of(run, shape, json.loads(report.read_text(encoding="utf-8")), flags)
     return {**result, "status": "done", **numbers, "seconds": ended.seconds["end"], "seconds_to_load": ended.loading}
 
 
 def _model_dir(folder: Path, model: str) -> Path:
-    """The random model, made by a process of its own: one that has used a card keeps some of its memory."""
+    """The model, made by a process of its own: one that has used a card keeps some of its memory."""
     target = folder / "models" / model
-    if not (target / "conversion.json").exists():
-        command = [sys.executable, "-m", "benchmarks.random_model", str(target), model]
+    program, last = ["benchmarks.random_model", str(target), model], "conversion.json"
+    if model == TRAINED:
+        program, last = ["benchmarks.smollm2", str(target)], "config.json"
+    if not (target / last).exists():  # the file that is written when the rest is there
+        command = [sys.executable, "-m", *program]
         done = subprocess.run(command, cwd=REPOSITORY, check=True, stderr=subprocess.PIPE, text=True)
         print(done.stderr, end="", file=sys.stderr)
     return target
@@ -89,7 +93,7 @@ def command_of(run: Run, flags: Sequence[str]) -> list[str]:
     if run.method == "rows":
         return [sys.executable, "-m", "benchmarks.data_speed"]
     module = ["benchmarks.train_peer", run.peer, *run.peer_options] if run.peer else [OURS[run.method][0]]
-    return [sys.executable, "-m", *module, *flags]
+    return [sys.executable, "-m", *(["benchmarks.train_exact"] if run.exact else []), *module, *flags]
 
 
 def execute(command: Sequence[str], log: Path, limit_s: float) -> Ended:
@@ -123,7 +127,7 @@ def execute(command: Sequence[str], log: Path, limit_s: float) -> Ended:
     return Ended(status, lines, seconds)
 
 
-def numbers_of(run: Run, report: dict[str, Any], flags: Sequence[str]) -> dict[str, Any]:
+def numbers_of(run: Run, shape: Shape, report: dict[str, Any], flags: Sequence[str]) -> dict[str, Any]:
     """What the report says about speed, memory and losses."""
     history = [entry for entry in report["history"] if "loss" in entry]
     speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry][WARM_UP:]
@@ -132,7 +136,7 @@ def numbers_of(run: Run, report: dict[str, Any], flags: Sequence[str]) -> dict[s
     losses = [entry["loss"] for entry in history]
     return {
         "tokens_per_second": speed and round(speed, 1),
-        "tflops": speed and round(speed * flops_per_token(run, flags) / 1e12, 4),
+        "tflops": speed and round(speed * flops_per_token(run, shape, flags) / 1e12, 4),
         "peak_memory_gib": report["peak_memory_gib"],
         "predicted": report.get("predicted", {}),
         "token_budget": report.get("token_budget"),
@@ -145,9 +149,8 @@ def numbers_of(run: Run, report: dict[str, Any], flags: Sequence[str]) -> dict[s
     }
 
 
-def flops_per_token(run: Run, flags: Sequence[str]) -> float:
+def flops_per_token(run: Run, shape: Shape, flags: Sequence[str]) -> float:
     """FLOP of a trained token that any way must compute: recomputation and padding are not counted."""
-    shape = SHAPES[run.model]
     if run.method == "full":
         return full_flops_per_token(shape)
     return qlora_flops_per_token(shape, parse_arguments(_known(flags)).lora.lora_rank)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.train_plan import UNMOVED
@@ -35,6 +35,13 @@ ROWS_HEADER = (
     "tokens/s",
     "faster than training by",
 )
+COMPARED = 5  # losses of the first updates: with random weights later ones drift apart by rounding
+# The groups that are about losses, and what they are compared with there.
+EXACT = {
+    "losses": "losses-float32",
+    "losses in float32": "exact-padded-32",
+    "losses in float32, 14B": "exact-padded-4-14b",
+}
 Result = dict[str, Any]
 
 
@@ -60,7 +67,7 @@ def loss_differences(lines: Sequence[Result], reference: Sequence[Result] | None
     """Largest difference of the losses before the adapter moves, and of those of the first updates; [] without any."""
     if not reference or reference[0]["status"] != "done" or lines[0] is reference[0]:
         return []
-    pairs = zip(lines[0]["losses"], reference[0]["losses"], strict=False)
+    pairs = zip(lines[0]["losses"][:COMPARED], reference[0]["losses"], strict=False)
     differences = [abs(one - other) for one, other in pairs]
     return [max(differences[:UNMOVED]), max(differences)] if differences else []
 
@@ -88,6 +95,8 @@ def table(results: Sequence[Result]) -> str:
         rows = [_row(name, lines, reference, rate) for name, lines in finished.items() if group != "rows"]
         if group == "rows":
             header, rows = ROWS_HEADER, [_data_row(lines[0], training) for lines in finished.values()]
+        elif group in EXACT:
+            header, rows = ("update", *finished), _loss_rows(finished, EXACT[group])
         failed = [f"- {name}: {lines[0]['status']}" for name, lines in runs.items() if name not in finished]
         blocks.append(f"**{group}**")
         blocks.extend(["\n".join(markdown_table(header, rows))] if rows else [])
@@ -129,13 +138,33 @@ def _data_row(result: Result, ours: float | None) -> list[str]:
     ]
 
 
+def _loss_rows(runs: dict[str, list[Result]], reference: str) -> list[list[str]]:
+    """A row an update, then how far each way is from the reference: in its mean, and in the worst update."""
+    losses = {name: lines[0]["losses"] for name, lines in runs.items()}
+    updates = max(map(len, losses.values()), default=0)
+    rows = [
+        [str(update + 1), *(f"{of[update]:.4f}" if update < len(of) else "-" for of in losses.values())]
+        for update in range(updates)
+    ]
+    if reference not in losses:
+        return rows
+    apart = [
+        [one - other for one, other in zip(of, losses[reference], strict=False)] if name != reference else []
+        for name, of in losses.items()
+    ]
+    rows.append(["mean", *(f"{mean(values):+.4f}" if values else "-" for values in apart)])
+    rows.append(["worst", *(f"{max(map(abs, values)):.1e}" if values else "-" for values in apart)])
+    return rows
+
+
 def _text(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """A panel a group: bars of what is compared, a line over what a sweep varies."""
-    panels = {group: runs for group, runs in grouped(results).items() if any(map(speed_of, runs.values()))}
+    groups = {group: runs for group, runs in grouped(results).items() if group not in EXACT}
+    panels = {group: runs for group, runs in groups.items() if any(map(speed_of, runs.values()))}
     if not panels:
         return
     with picture(path, (8, 3 * len(panels))) as figure:
