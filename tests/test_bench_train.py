@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_train, random_model, train_layers, train_runs
+from benchmarks import bench_train, random_model, small_terms, train_layers, train_runs
 from benchmarks.random_model import SHAPES, build
 from benchmarks.train_rows import Workload, draw_lengths, write_rows
 from benchmarks.train_table import table
@@ -116,6 +116,29 @@ def test_float32_computes_what_ours_does(bench, tmp_path):
     assert ours["losses"] == pytest.approx(exact["losses"], abs=1e-3) and ours["losses"] != exact["losses"]
 
 
+def test_in_float32_all_compute_the_same(bench, tmp_path):
+    """Whatever is asked for: bf16 in the flags changes nothing."""
+    ours, padded = "exact-qlora-14b", "exact-padded-4-14b"
+    flags = ["--results", str(tmp_path), "--only", f"{ours},{padded}", "--fp16", "false", "--bf16", "true"]
+    bench_train.main([str(bench), "--size", "tiny", *flags])
+    lines = bench_train.read_results(tmp_path / "results.jsonl")
+    assert lines[0]["losses"] == pytest.approx(lines[1]["losses"], abs=1e-5)
+    text = (tmp_path / "table.md").read_text()
+    assert f"| update | {ours} | {padded} |" in text and f"| 1 | {lines[0]['losses'][0]:.4f} |" in text
+    worst = text.split("| worst |")[1].split("|")
+    assert float(worst[0]) < 1e-5 and worst[1].strip() == "-"
+
+
+def test_what_an_adapter_adds_is_told_by_projection_and_way(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["small_terms", "--model", "tiny-qwen", "--tokens", "64"])
+    small_terms.main()
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if "_proj" in line]
+    named = [(name.strip(), way.strip()) for name, way, _ in rows]
+    ways = ("ours", "base first")
+    assert named == [(name, way) for name in ("q_proj", "o_proj", "gate_proj", "down_proj") for way in ways]
+    assert all(float(share) > 0.5 for (_, way), (*_, share) in zip(named, rows, strict=True) if way == "ours")
+
+
 def test_unknown_flags_go_to_training():
     flags, more = bench_train.parse(["--only", "full", "--tokens_per_micro_batch", "4096", "--rounds", "2"])
     assert (flags.folder, flags.only, flags.rounds) == (bench_train.DEFAULT_FOLDER, "full", 2)
@@ -128,6 +151,8 @@ def test_unknown_names_are_refused():
         bench_train.main(["--only", "qlora-1"])
     with pytest.raises(UserError, match="unknown shape qwen-99b"):
         build(Path("nowhere"), "qwen-99b")
+    with pytest.raises(UserError, match="--updates must be more than the 3 that warm up, got 3"):
+        bench_train.main(["--size", "tiny", "--updates", "3"])
 
 
 def test_the_list_names_every_run(capsys):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.small_terms import kept, ours
 from finetune.errors import UserError
 from finetune.frozen import FP8_LARGEST, Frozen, check_fp8
 from finetune.nf4 import dense_weight
@@ -33,6 +34,11 @@ def quantised_layer(inputs: int, outputs: int) -> torch.nn.Module:
 
 class TestOnGpu:
     pytestmark = on_gpu
+
+    @pytest.mark.parametrize("inputs, outputs", [(5120, 13696), (13696, 5120)])
+    def test_terms_below_the_last_place_are_kept(self, inputs, outputs):
+        base = quantised_layer(inputs, outputs)
+        assert kept(ours, base, 4096, 2.5e-5) == pytest.approx(1, abs=0.1)
 
     @pytest.mark.parametrize("shape", [(1, 7), (33, 192), (300, 5120)])
     def test_dropout(self, shape):

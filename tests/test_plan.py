@@ -41,6 +41,8 @@ TRAIN = TrainArguments()
 MEASURED_QLORA = [
     (11715, 10610, 40, 64.0, 9810),
     (11715, 10610, 40, 64.0, 9739),
+    (11715, 10610, 40, 64.0, 9878),
+    (11715, 10610, 40, 64.0, 9832),
     (5858, 5305, 40, 39.0, 9016),
 ]
 # All of 7.5 B parameters, weights, gradients and moments in bfloat16, 3 to 4 micro-batches an update; the first three

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from benchmarks.small_terms import base_first, kept, ours
 from finetune.batching import collate
 from finetune.dropout import draw_seed, dropout
 from finetune.errors import UserError
@@ -151,6 +152,16 @@ def test_one_projection_equals_the_formula():
     wanted = torch.autograd.grad((expected * weights).sum(), [x, a, b])
     for grad, want in zip(torch.autograd.grad((output * weights).sum(), [x, a, b]), wanted, strict=True):
         torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_terms_below_the_last_place_are_kept(has_bias):
+    """The adapter's first terms are hundreds of times smaller than the last place of an output near 1."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(1024, 256, has_bias, dtype=torch.bfloat16).requires_grad_(False)
+    base.weight.normal_(0, 0.03)
+    share, lost = (kept(product, base, 1024, 2.5e-5) for product in (ours, base_first))
+    assert share == pytest.approx(1, abs=0.15) and lost < 0.1
 
 
 def test_projections_of_one_input_equal_the_formula_each():
