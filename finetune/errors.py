@@ -1,8 +1,11 @@
 """Errors written for the person at the keyboard, and the one place that prints them."""
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+FULL_DISK = "a disk is full (df -h shows which). Free some and run the same command again: what is complete stays."
 
 
 class UserError(ValueError):
@@ -10,7 +13,10 @@ class UserError(ValueError):
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program's main and leave: UserError -> `error: ...` and 2, Ctrl-C -> 130; bugs keep their traceback."""
+    """Run a program's main and leave: UserError -> `error: ...` and 2, Ctrl-C -> 130; bugs keep their traceback.
+
+    A disk that is full, wherever it is found so, is no bug either.
+    """
     try:
         status = main() or 0
     except UserError as error:
@@ -19,4 +25,20 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        print(f"error: {FULL_DISK}", file=sys.stderr)
+        status = 2
     sys.exit(status)
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether a full disk or a quota is behind an error; safetensors tells of it in its text alone."""
+    while error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,8 +1,13 @@
 """run_main: exit codes and what reaches stderr."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from finetune.errors import UserError, run_main
+from finetune.errors import FULL_DISK, UserError, run_main
+from tests.conftest import REPOSITORY
 
 
 def raising(error):
@@ -31,3 +36,39 @@ def test_exit_status_and_message(main, status, text, capsys):
 def test_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_main(raising(ZeroDivisionError()))
+
+
+WAYS_TO_WRITE = {
+    "a text": "Path('rows.csv').write_text('row' * 100_000)",
+    "tensors": "save_file({'weight': torch.zeros(100_000)}, 'model.safetensors')",
+    "a cause that is hidden": "write_table()",
+}
+WRITER = """
+import torch
+from pathlib import Path
+from safetensors.torch import save_file
+from finetune.errors import run_main
+
+def write_table():
+    try:
+        Path("rows.csv").write_text("row" * 100_000)
+    except OSError:
+        raise RuntimeError("no table") from None
+
+run_main(lambda: {way})
+"""
+
+
+@pytest.mark.parametrize("way", WAYS_TO_WRITE)
+def test_a_full_disk_is_told_in_a_line(way, tmp_path):
+    """On a real disk of 64 kB, in a mount namespace of its own."""
+    mounted = f'mount -t tmpfs -o size=64k tmpfs {tmp_path} && cd {tmp_path} && exec "$@"'
+    program = [sys.executable, "-c", WRITER.format(way=WAYS_TO_WRITE[way])]
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", mounted, "sh", *program]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert (done.returncode, done.stderr) == (2, f"error: {FULL_DISK}\n") and "df -h" in FULL_DISK
+
+
+def test_other_trouble_with_a_file_keeps_its_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        run_main(lambda: (tmp_path / "missing").read_text())
