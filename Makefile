@@ -32,9 +32,10 @@ qwen_result_adapter = $$QWEN_RESULT_FILE
 qwen_result_merged = $${QWEN_RESULT_FILE%.csv}_merged.csv
 qwen_result = $(qwen_result_$(if $(filter file,$(origin QWEN_RESULT_FILE)),$(QWEN_EVAL_MODEL),adapter))
 
-# How many cards baichuan-train takes.
+# How many cards baichuan-train takes: those of HOSTFILE's machines, or of this one.
 comma := ,
-baichuan_cards = $(words $(subst $(comma), ,$(BAICHUAN_GPUS)))
+hosts_cards = $(shell awk -F slots= '!/^\#/ {cards += $$2} END {print cards}' '$(HOSTFILE)')
+baichuan_cards = $(if $(HOSTFILE),$(hosts_cards),$(words $(subst $(comma), ,$(BAICHUAN_GPUS))))
 
 # A $ in a question is a dollar, not the beginning of a variable of make.
 ifdef QUESTION

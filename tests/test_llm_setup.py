@@ -211,6 +211,13 @@ def test_a_dry_run_of_every_step_prints_its_command(target: str, words: str) -> 
     assert done.stdout.startswith(f"-----> {target.split()[0]}: ") and words in done.stdout
 
 
+def test_a_plan_counts_the_cards_of_the_hostfile(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# two machines, slots=99 each\nworker-1 slots=8\n\nworker-2  slots=4\n")
+    values = [f"HOSTFILE={tmp_path / 'hosts'}", "ENVS_DIR=/e", "BAICHUAN_OUTPUT_DIR=/o", "DRY_RUN=1"]
+    done = subprocess.run(["make", "baichuan-plan", *values], cwd=REPOSITORY, capture_output=True, text=True)
+    assert "--output_dir /o --num_gpus 12" in done.stdout
+
+
 def refusal(output_dir: Path, model_dir: Path, *flags: str) -> str:
     """What the training says about going on in a folder whose checkpoint was written by two ranks with stage 1."""
     from finetune.full import full_method
