@@ -1,11 +1,13 @@
 """run_main: exit codes and what reaches stderr."""
 
+import importlib
 import os
 import subprocess
 import sys
 
 import pytest
 
+import finetune
 from finetune.errors import FULL_DISK, UserError, run_main
 from tests.conftest import REPOSITORY
 
@@ -72,3 +74,11 @@ def test_a_full_disk_is_told_in_a_line(way, tmp_path):
 def test_other_trouble_with_a_file_keeps_its_traceback(tmp_path):
     with pytest.raises(FileNotFoundError):
         run_main(lambda: (tmp_path / "missing").read_text())
+
+
+def test_a_python_that_is_too_old_is_told_before_anything_else(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 8, 18))
+    with pytest.raises(SystemExit) as left:
+        importlib.reload(finetune)
+    assert left.value.code == 2
+    assert "error: expected Python 3.10 or newer, found 3.8. Install the environment" in capsys.readouterr().err
