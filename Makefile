@@ -26,11 +26,12 @@ qwen_adapter = $(qwen_base) $(call need,QWEN_ADAPTER_DIR)--adapter_name_or_path 
 qwen_merged = $(call need,QWEN_MERGED_DIR)--model_name_or_path "$$QWEN_MERGED_DIR"
 wrong_model = $(error QWEN_EVAL_MODEL must be base, adapter or merged, got: $(QWEN_EVAL_MODEL))
 qwen_model = $(or $(qwen_$(QWEN_EVAL_MODEL)),$(wrong_model))
-# Where qwen-eval writes: a file for each model, so that none overwrites another's, unless this call names the file.
+# Where qwen-eval writes: a file for each model, so that none overwrites another's, unless make's command line names it
+# (the environment does not: whoever has read .env into a shell would write all models' results into one file).
 qwen_result_base = $$QWEN_BASE_RESULT_FILE
 qwen_result_adapter = $$QWEN_RESULT_FILE
 qwen_result_merged = $${QWEN_RESULT_FILE%.csv}_merged.csv
-qwen_result = $(qwen_result_$(if $(filter file,$(origin QWEN_RESULT_FILE)),$(QWEN_EVAL_MODEL),adapter))
+qwen_result = $(qwen_result_$(if $(filter command,$(origin QWEN_RESULT_FILE)),adapter,$(QWEN_EVAL_MODEL)))
 
 # How many cards baichuan-train takes: those of HOSTFILE's machines, or of this one.
 comma := ,

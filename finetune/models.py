@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,29 @@ def check_model_dir(model_dir: str | Path) -> Path:
     return folder
 
 
+def refuse_unseen_card() -> None:
+    """Raises UserError where nvidia-smi lists a card that torch does not see: hours on the processor are not meant.
+
+    So it is with an old driver, or with an environment that was made for the processor. CUDA_VISIBLE_DEVICES=-1 says
+    that the processor is meant.
+    """
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return
+    cards = [line.partition(" (")[0] for line in done.stdout.splitlines() if line.startswith("GPU ")]
+    if cards and not done.returncode:
+        raise UserError(
+            f"this machine has a card ({cards[0]}), but torch {torch.__version__} does not see it, and all would run "
+            "on the processor. make doctor tells whether the driver is too old or the environment is to be made again. "
+            "To use the processor all the same: CUDA_VISIBLE_DEVICES=-1"
+        )
+
+
 def default_dtype() -> str:
     """bfloat16 on a card that computes in it, float16 on an older one, float32 on a CPU.
 
@@ -82,6 +106,7 @@ def load_for_inference(
 
     from finetune.nf4 import keep_layout, nf4_config
 
+    refuse_unseen_card()
     dtype = dtype or default_dtype()
     options = {"quantization_config": nf4_config(getattr(torch, dtype))} if load_in_4bit else {}
     if torch.cuda.is_available():  # a device map that names the CPU makes peft offload the model

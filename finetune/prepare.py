@@ -7,12 +7,14 @@ import random
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.adamw import PAGED_ADAMW
 from finetune.arguments import Arguments
 from finetune.errors import UserError
+from finetune.models import refuse_unseen_card
 from finetune.rows import read_rows
 
 if TYPE_CHECKING:
@@ -68,9 +70,13 @@ def updates_in_all(arguments: Arguments, num_rows: int, per_update: int) -> int:
 
 
 def compute_dtype(wants_bf16: bool) -> str:
-    """bfloat16 on cards that compute in it, float16 on older ones, float32 on a CPU unless bfloat16 is asked for."""
+    """bfloat16 on cards that compute in it, float16 on older ones, float32 on a CPU unless bfloat16 is asked for.
+
+    Raises UserError like refuse_unseen_card.
+    """
     import torch
 
+    refuse_unseen_card()
     if not torch.cuda.is_available():
         return "bfloat16" if wants_bf16 else "float32"
     # torch says that it supports bfloat16 on a V100 too: it emulates it.
@@ -88,6 +94,10 @@ def explain_choices(arguments: Arguments, dtype: str) -> None:
         say(f"note: {optimizer} pages nothing on a CPU: its state is in main memory, the update is the same")
     if arguments.train.memory_limit_gib and is_cpu:
         say("note: memory_limit_gib concerns cards: this is a CPU")
+    missing = [package for package in ("triton", "liger_kernel") if not is_cpu and find_spec(package) is None]
+    if missing:
+        what = "slower, and more memory than planned. make doctor tells how to complete the environment"
+        say(f"note: {' and '.join(missing)} not installed: {what}")
     if arguments.train.fp16 and dtype != "float16":
         say(f"note: fp16 is true, {dtype} is used: {'this is a CPU' if is_cpu else 'the card has it'}")
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts import settings  # noqa: E402
-from scripts.environment import OLDEST_DRIVER, target_of  # noqa: E402
+from scripts.environment import MARKER, OLDEST_DRIVER, files_of, is_current, target_of  # noqa: E402
 from scripts.nvidia import cuda_version, find_cards, none_found  # noqa: E402
 from scripts.package_install import EnvironmentFailed, choose_manager, find_python  # noqa: E402
 
@@ -130,11 +130,17 @@ def check_python() -> list[Finding]:
     found = [
         ("ok", "python", text) if usable else ("FAIL", "python", "no Python 3.11 to 3.13 with venv, no conda, no uv")
     ]
-    for name in ("modelscope_env", "qwen_env", "llm_env"):
-        folder = Path(os.environ.get("ENVS_DIR", "")) / name
-        there = os.environ.get("ENVS_DIR") and (folder / "requirements.sha256").exists()
-        found.append(("ok", name, str(folder)) if there else ("warn", name, f"not there yet: make {target_of(name)}"))
-    return found
+    return found + [_check_environment(name) for name in ("modelscope_env", "qwen_env", "llm_env")]
+
+
+def _check_environment(name: str) -> Finding:
+    """Whether an environment is there, and what this machine needs now: it may have had no card when it was made."""
+    folder = Path(os.environ.get("ENVS_DIR", "")) / name
+    if not os.environ.get("ENVS_DIR") or not (folder / MARKER).exists():
+        return "warn", name, f"not there yet: make {target_of(name)}"
+    if not is_current(folder, files_of(name, find_cards())):
+        return "warn", name, f"{folder} has other packages than wanted here now: make {target_of(name)}"
+    return "ok", name, str(folder)
 
 
 def check_net() -> list[Finding]:

@@ -33,6 +33,7 @@ REQUIREMENTS = {
     ".venv": ["test_requirements.txt", "gpu_requirements.txt"],
 }
 LOCK = ROOT / "env" / "lock.txt"
+MARKER = "requirements.sha256"  # in a finished environment: what it was made of
 # torch 2.13 in the package index is built for CUDA 13 (https://github.com/pytorch/pytorch/issues/178665), which needs
 # this driver (https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/).
 OLDEST_DRIVER = 580
@@ -55,9 +56,8 @@ def ensure(name: str) -> Path:
     Raises EnvironmentFailed when it cannot be made.
     """
     folder, cards = folder_of(name), find_cards()
-    files = [ROOT / "env" / file for file in REQUIREMENTS[name] if cards or not file.startswith("gpu")]
-    fingerprint, marker, unfinished = fingerprint_of(files), folder / "requirements.sha256", unfinished_mark(folder)
-    if marker.exists() and marker.read_text() == fingerprint and not unfinished.exists():
+    files, unfinished = files_of(name, cards), unfinished_mark(folder)
+    if is_current(folder, files):
         print(f"{name}: already done, {folder}", file=sys.stderr)
         return folder
     check_driver(name, cards)
@@ -67,10 +67,26 @@ def ensure(name: str) -> Path:
         create(name, folder, files[0].with_name(files[0].name.replace("requirements.txt", "env.yml")))
     install(folder, f"torch=={pins(files)['torch']}", files, LOCK)
     verify(folder, files)
-    marker.write_text(fingerprint)
+    (folder / MARKER).write_text(fingerprint_of(files))
     unfinished.unlink()
     print(f"{name}: done, {folder}", file=sys.stderr)
     return folder
+
+
+def files_of(name: str, cards: list[Card]) -> list[Path]:
+    """The lists of what an environment needs: for a card too, unless it is for the processor alone.
+
+    Boxes are rented without a card for a while, where installing and downloading cost little, and get one later.
+    """
+    is_for_processor = name == ".venv" or os.environ.get("TORCH_INDEX_URL", "").rstrip("/").endswith("/cpu")
+    wanted = [file for file in REQUIREMENTS[name] if cards or not (is_for_processor and file.startswith("gpu"))]
+    return [ROOT / "env" / file for file in wanted]
+
+
+def is_current(folder: Path, files: list[Path]) -> bool:
+    """Whether an environment is complete and of these very requirements."""
+    marker = folder / MARKER
+    return marker.exists() and marker.read_text() == fingerprint_of(files) and not unfinished_mark(folder).exists()
 
 
 def target_of(name: str) -> str:
@@ -116,8 +132,9 @@ def check_driver(name: str, cards: list[Card]) -> None:
         return
     if not cards:
         print(
-            "No NVIDIA card here: torch's default wheel runs on the processor too, but brings CUDA's libraries. For a "
-            "smaller one set TORCH_INDEX_URL to PyTorch's wheel index for cpu (it ends in /whl/cpu).",
+            "No NVIDIA card here, so the driver cannot be checked: torch's default wheel (CUDA 13) needs "
+            f"{OLDEST_DRIVER}. Once there is a card, make doctor looks. For a machine that never gets one, a smaller "
+            "wheel: set TORCH_INDEX_URL to PyTorch's wheel index for cpu (it ends in /whl/cpu).",
             file=sys.stderr,
         )
     elif int(cards[0].driver.split(".")[0]) < OLDEST_DRIVER:

@@ -18,6 +18,7 @@ MISSING = (
     "No NVIDIA card here: nvidia-smi is not on PATH. On a rented box choose an instance with a card; "
     "without one only the small models of make quickstart and make test run, on the processor."
 )
+ROW = re.compile(r"(\d+), (.+), (\d+), (\S+)")  # a card that does not answer has [N/A], no card at all a sentence
 SILENT = "nvidia-smi lists no card: run it to see why (make gpu)."
 
 
@@ -36,8 +37,8 @@ def find_cards() -> list[Card]:
         text = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [line.split(", ") for line in text.decode().splitlines()]
-    return [Card(int(index), name, int(memory), driver) for index, name, memory, driver in rows]
+    rows = (ROW.fullmatch(line) for line in text.decode(errors="replace").splitlines())
+    return [Card(int(row[1]), row[2], int(row[3]), row[4]) for row in rows if row]
 
 
 def none_found() -> str:

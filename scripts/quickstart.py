@@ -69,9 +69,9 @@ def result_file(model: str) -> Path:
 
 def evaluate(model: str, variables: dict[str, str]) -> None:
     """Evaluate one of MODELS; the fine-tuned ones are compared with the base row by row."""
-    chosen = {"QWEN_EVAL_MODEL": model, "QWEN_RESULT_FILE": str(result_file(model))}
+    chosen = [f"QWEN_EVAL_MODEL={model}", f"QWEN_RESULT_FILE={result_file(model)}"]
     compare = [] if model == "base" else [f"ARGS=--compare_with {shlex.quote(str(OUTPUT / 'base.jsonl'))}"]
-    run(["make", "qwen-eval", *compare], {**variables, **chosen})
+    run(["make", "qwen-eval", *chosen, *compare], variables)
 
 
 def link_environments(folder: Path) -> None:

@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINE = re.compile(r"([A-Z][A-Z0-9_]*)=([A-Za-z0-9_./:@,+=%-]*)")
+KEY, ALLOWED = "[A-Z][A-Z0-9_]*", "A-Za-z0-9_./:@,+=%-"
+LINE = re.compile(f"({KEY})=([{ALLOWED}]*)")
 SECRET = re.compile(r"(TOKEN|KEY)$")
 
 
@@ -89,9 +90,16 @@ def _assignments(path: Path) -> list[tuple[int, str, str]]:
         match = LINE.fullmatch(line)
         if not match:
             expected = "KEY=value with no spaces, quotes, ~, $ or trailing comment"
-            raise SettingsError(f"{path.name}:{number}: expected {expected}, got: {line}")
+            raise SettingsError(f"{path.name}:{number}: expected {expected}, got: {line}{_refused(line)}")
         found.append((number, match[1], match[2]))
     return found
+
+
+def _refused(line: str) -> str:
+    """Which character keeps a line from being an assignment, in words; a blank at its end cannot be seen."""
+    key, _, value = line.partition("=")
+    found = re.search(f"[^{ALLOWED}]", value) if re.fullmatch(KEY, key) else None
+    return f" ({found[0]!r} is none of letters A to z, digits, _ . / : @ , + = % -)" if found else ""
 
 
 def _parse(path: Path) -> dict[str, str]:

@@ -53,7 +53,7 @@ def show_status(name: str | None) -> int:
         record = step.read()
         spent = f"{duration(record['seconds'])}{_cost(record)}" if "seconds" in record else ""
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["started"]))
-        print(f"{step.name:<20} {record['status']:<9} pid {record['pid']:<8} since {began}  {spent}")
+        print(f"{step.name:<20} {record['status']:<9} pid {record['pid'] or '-':<8} since {began}  {spent}")
         if name:
             print(f"  command: {' '.join(record['command'])}")
         for line in last_lines(step.log, 5 if name else 1):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts import doctor
+from scripts import doctor, environment
 from scripts.nvidia import Card
 
 
@@ -122,15 +122,20 @@ def test_the_hub_is_asked_only_when_asked_to(monkeypatch):
     assert level == "FAIL" and "HF_ENDPOINT in .env" in text
 
 
-def test_make_doctor_looks_at_this_machine_and_names_the_environment_to_make(checkout, make, tmp_path):
+def test_make_doctor_looks_at_this_machine_and_names_the_environment_to_make(checkout, make, tmp_path, monkeypatch):
     (checkout / ".env").write_text(f"ENVS_DIR={tmp_path}\nENV_MANAGER=venv\n")
     (tmp_path / "qwen_env").mkdir()
-    (tmp_path / "qwen_env" / "requirements.sha256").touch()
+    monkeypatch.setenv("TORCH_INDEX_URL", "")
+    files = environment.files_of("qwen_env", [])
+    (tmp_path / "qwen_env" / environment.MARKER).write_text(environment.fingerprint_of(files))
+    (tmp_path / "llm_env").mkdir()
+    (tmp_path / "llm_env" / environment.MARKER).write_text("of an older repository, or without a card")
     done = make("doctor")
     lines = {line.split()[1]: line for line in done.stdout.splitlines()}
     assert lines["settings"].startswith("ok")
     assert lines["qwen_env"] == f"ok    qwen_env        {tmp_path}/qwen_env"
     assert lines["modelscope_env"] == "warn  modelscope_env  not there yet: make modelscope-env"
-    assert lines["llm_env"] == "warn  llm_env         not there yet: make baichuan-env"
+    other = f"{tmp_path}/llm_env has other packages than wanted here now: make baichuan-env"
+    assert lines["llm_env"] == f"warn  llm_env         {other}"
     assert lines["memory"].endswith("GB") or "GB;" in lines["memory"]
     assert "net" not in lines

@@ -52,11 +52,12 @@ def fakes(tmp_path, monkeypatch) -> Path:
 
 def pip_and_uv(folder: Path, *, torch_options: list[str]) -> list[list[str]]:
     lock = str(REPOSITORY / "env" / "lock.txt")
-    file = str(REPOSITORY / "env" / "qwen_requirements.txt")
+    files = [str(REPOSITORY / "env" / f"{kind}_requirements.txt") for kind in ("qwen", "gpu")]
     python = str(folder / "bin" / "python")
     return [
         ["env-python", "-m", "pip", "install", "--constraint", lock, "torch==2.13.0", *torch_options],
-        ["uv", "pip", "install", "--compile-bytecode", "--python", python, "--constraint", lock, "--requirement", file],
+        ["uv", "pip", "install", "--compile-bytecode", "--python", python, "--constraint", lock]
+        + [word for file in files for word in ("--requirement", file)],
     ]
 
 
@@ -117,7 +118,7 @@ def test_an_interrupted_installation_continues_and_changed_requirements_are_inst
     assert len(installs(fakes)) == 2
 
 
-def test_a_card_adds_the_gpu_requirements_and_an_old_driver_is_refused(fakes, capsys, monkeypatch):
+def test_a_card_with_an_old_driver_is_refused(fakes, capsys, monkeypatch):
     program(fakes, "uv", UV)
     (fakes / "nvidia-smi").write_text(f"#!/bin/sh\n{SMI.format(driver='550.54.15')}\n")
     (fakes / "nvidia-smi").chmod(0o755)
@@ -128,7 +129,26 @@ def test_a_card_adds_the_gpu_requirements_and_an_old_driver_is_refused(fakes, ca
     assert "Note: the driver 550.54.15" in capsys.readouterr().err
     (fakes / "nvidia-smi").write_text(f"#!/bin/sh\n{SMI.format(driver='580.65')}\n")
     environment.ensure("qwen_env")
-    assert calls(fakes)[-2][-1].endswith("env/gpu_requirements.txt")
+    assert "gpu_requirements.txt" in {file.name for file in environment.files_of(".venv", find_cards())}
+
+
+def test_an_environment_made_without_a_card_is_made_for_one_all_the_same(fakes, monkeypatch):
+    """Installing on a box that has no card for the moment; .venv, and one with the processor's torch, stay small."""
+
+    def names(name: str) -> set[str]:
+        return {file.name for file in environment.files_of(name, [])}
+
+    assert "gpu_requirements.txt" in names("qwen_env") & names("llm_env")
+    assert "gpu_requirements.txt" not in names(".venv") | names("modelscope_env")
+    monkeypatch.setenv("TORCH_INDEX_URL", "http://127.0.0.1:9/whl/cpu/")
+    assert names("qwen_env") == {"qwen_requirements.txt"}
+
+
+@pytest.mark.parametrize("text", ["0, NVIDIA A40, [N/A], 550.54.15", "No devices were found", ""])
+def test_a_card_that_does_not_answer_is_none(fakes, text):
+    (fakes / "nvidia-smi").write_text(f"#!/bin/sh\necho '{text}'\n")
+    (fakes / "nvidia-smi").chmod(0o755)
+    assert find_cards() == []
 
 
 def test_without_a_usable_python_the_words_say_what_is_needed(fakes, monkeypatch):

@@ -104,6 +104,13 @@ def test_qwen_report_reads_what_qwen_eval_writes(make, checkout, command_line):
     assert base == written[1] or command_line
 
 
+def test_results_are_kept_apart_where_the_settings_were_read_into_the_shell(make, checkout):
+    (checkout / ".env").write_text("QWEN_RESULT_FILE=/results/r.csv\nQWEN_BASE_RESULT_FILE=/results/b.csv\n")
+    places = {**PLACES, "QWEN_RESULT_FILE": "/results/r.csv", "QWEN_BASE_RESULT_FILE": "/results/b.csv"}
+    flags = shlex.split(make("qwen-eval", "QWEN_EVAL_MODEL=base", "DRY_RUN=1", environment=places).stdout)
+    assert flags[flags.index("--result_file") + 1] == "/results/b.csv"
+
+
 def test_a_question_keeps_its_dollars(make):
     question = "what is $5 or $(shell echo 1) and 'a' \"b\"?"
     for told in ({"QUESTION": question}, {}):

@@ -1,6 +1,7 @@
 """Loading for inference, and the words when a folder is not what it should be."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
 from finetune.identity import adapter_fingerprint, check_adapter, fingerprint
-from finetune.models import check_model_dir, load_for_inference
+from finetune.models import check_model_dir, load_for_inference, refuse_unseen_card
+from finetune.prepare import compute_dtype
 from qwen_qlora.component.utils import ModelUtils
 from tests.adapters import make_adapter
 
@@ -129,3 +131,22 @@ def test_the_step_that_makes_a_folder_is_named(tmp_path, monkeypatch):
     for name, step in (("final", "make baichuan-train`"), ("merged", "make qwen-merge`"), ("x", "make qwen-download`")):
         with pytest.raises(UserError, match=f"Run `{step}"):
             check_model_dir(tmp_path / name)
+
+
+def test_a_card_that_torch_does_not_see_is_no_reason_to_use_the_processor(tiny_qwen, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A40 (UUID: GPU-1)'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match=r"has a card \(GPU 0: NVIDIA A40\), but torch .* does not see it.*make doctor"):
+        refuse_unseen_card()
+    with pytest.raises(UserError, match="does not see it"):
+        compute_dtype(False)
+    with pytest.raises(UserError, match="does not see it"):
+        load_for_inference(tiny_qwen)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # the processor is meant
+    assert compute_dtype(False) == "float32"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'no driver'; exit 9\n")
+    assert compute_dtype(False) == "float32"

@@ -43,6 +43,12 @@ def test_make_bash_and_dotenv_agree_on_the_example_and_on_every_allowed_characte
         ("QWEN_MODEL_DIR=$HOME/model", "no spaces, quotes, ~, $"),
         ("SOURCE=huggingface # faster", "trailing comment, got: SOURCE=huggingface # faster"),
         ("export SOURCE=huggingface", "expected KEY=value"),
+        (
+            "QWEN_OUTPUT_DIR=/root/训练",
+            "/root/训练 ('训' is none of letters A to z, digits, _ . / :",
+        ),
+        ("API_KEY=abc!def", "('!' is none of"),
+        ("SOURCE=huggingface ", "got: SOURCE=huggingface  (' ' is none of"),
         ("source=huggingface", "expected KEY=value"),
         ("QWEN_MODLE_DIR=/m", "unknown key QWEN_MODLE_DIR; did you mean QWEN_MODEL_DIR?"),
         ("ZZZ=1", "unknown key ZZZ; the keys are listed in .env.example."),
