@@ -88,6 +88,14 @@ def test_in_front_the_status_is_passed_on_and_a_training_step_gets_advice(checko
     assert missing.returncode == 2 and "lint: cannot run no-such-program" in missing.stderr
 
 
+def test_a_background_step_that_could_not_begin_keeps_no_other_from_being_shown(checkout):
+    for program in ("no-such-program", "true"):
+        run_step(checkout, "run", program[:4], "--", program, BG="1")
+    shown = run_step(checkout, "status")
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^no-s +\w+ +pid - +since", shown.stdout, re.MULTILINE) and "\ntrue " in f"\n{shown.stdout}"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_in_front_a_signal_reaches_the_whole_step_once(checkout, number):
     """A child of the step's shell counts its signals; the runner must neither die first nor send them twice."""
