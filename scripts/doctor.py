@@ -33,6 +33,7 @@ DISK_GB = {"BASE_MODEL_DIR": 28.3, "QWEN_MODEL_DIR": 28.3, "QWEN_OUTPUT_DIR": 7.
 BAICHUAN_DISK_GB = {"BAICHUAN_MODEL_DIR": 30.0, "BAICHUAN_OUTPUT_DIR": 255.2}
 # Conversion and merge hold less than this.
 MEMORY_GB = 6
+USED_AFTER_TRAINING = {"QWEN_OUTPUT_DIR": "QWEN_ADAPTER_DIR", "BAICHUAN_OUTPUT_DIR": "LLM_MODULE_MODEL_PATH"}
 Finding = Tuple[str, str, str]  # level, subject, text
 
 
@@ -44,7 +45,18 @@ def check_settings() -> list[Finding]:
         return [("FAIL", "settings", str(error))]
     if not (ROOT / ".env").exists():
         return [("warn", "settings", "no .env yet: cp .env.example .env, and edit it")]
-    return [("ok", "settings", ".env is well-formed (make config shows the values)")]
+    return [("ok", "settings", ".env is well-formed (make config shows the values)"), *check_pairs()]
+
+
+def check_pairs() -> list[Finding]:
+    """Whether what is evaluated and served is what the training writes: two settings that are easily changed singly."""
+    found = []
+    for trained, used in USED_AFTER_TRAINING.items():
+        folder, model = (os.environ.get(key, "") for key in (trained, used))
+        if folder and model and Path(model) != Path(folder) / "final":
+            text = f"{used} is {model}, while the training writes {folder}/final ({trained}): is that meant?"
+            found.append(("warn", "settings", text))
+    return found
 
 
 def check_cards() -> list[Finding]:

@@ -139,3 +139,18 @@ def test_make_doctor_looks_at_this_machine_and_names_the_environment_to_make(che
     assert lines["llm_env"] == f"warn  llm_env         {other}"
     assert lines["memory"].endswith("GB") or "GB;" in lines["memory"]
     assert "net" not in lines
+
+
+def test_a_model_in_use_that_is_not_the_trained_one_is_asked_about(monkeypatch):
+    for key, value in (
+        ("QWEN_OUTPUT_DIR", "/o/q"),
+        ("QWEN_ADAPTER_DIR", "/o/q/final/"),
+        ("BAICHUAN_OUTPUT_DIR", "/o/new"),
+    ):
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("LLM_MODULE_MODEL_PATH", "/o/old/final")
+    ((level, subject, text),) = doctor.check_pairs()
+    assert (level, subject) == ("warn", "settings")
+    assert "LLM_MODULE_MODEL_PATH is /o/old/final, while the training writes /o/new/final" in text
+    monkeypatch.setenv("LLM_MODULE_MODEL_PATH", "/o/new/final")
+    assert doctor.check_pairs() == []
