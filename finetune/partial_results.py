@@ -1,6 +1,7 @@
 """Finished batches of a long run on disk, one JSON line each: killed at any moment, at most one batch is lost.
 
-The first line is the run's configuration. A run with another configuration never goes on with these results.
+The first line is the run's configuration. A run with another configuration never goes on with these results: it sets
+them aside, under a name with their configuration's hash, where a run of theirs finds them again.
 """
 
 import fcntl
@@ -49,20 +50,44 @@ class PartialResults:
         self._read(config)
 
     def _read(self, config: dict[str, Any]) -> None:
+        header, lines = self._lines()
+        if header is not None and header["config"] != config:
+            self._set_aside(header["config"], config, bool(lines))
+            header = None
+        if header is None:
+            header, lines = self._take_back(config)
+        self.batches = {line["batch"]: line["results"] for line in lines}
+        if header is None:
+            self._write({"config": config})
+
+    def _lines(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """(first line, the others); the line that was being written at the moment of a kill has no end and goes."""
         self.stream.seek(0)
         content = self.stream.read()
-        whole = content[: content.rfind(b"\n") + 1]  # the line being written at the moment of a kill has no end
+        whole = content[: content.rfind(b"\n") + 1]
         self.stream.truncate(len(whole))
         header, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
-        if header is not None and header["config"] == config:
-            self.batches = {line["batch"]: line["results"] for line in lines}
-            return
-        if header is not None:
-            old = header["config"]
-            changed = sorted(key for key in {*old, *config} if old.get(key) != config.get(key))
-            print(f"{self.path}: started anew, it is of a run with other {', '.join(changed)}", file=sys.stderr)
+        return header, lines
+
+    def _aside(self, config: dict[str, Any]) -> Path:
+        return self.path.with_name(f"{self.path.name}.{config_hash(config)[:8]}")
+
+    def _set_aside(self, old: dict[str, Any], new: dict[str, Any], has_batches: bool) -> None:
+        if has_batches:
+            changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+            kept = self._aside(old)
+            self.stream.seek(0)
+            kept.write_bytes(self.stream.read())
+            print(f"{kept}: set aside, it is of a run with other {', '.join(changed)}", file=sys.stderr)
         self.stream.truncate(0)
-        self._write({"config": config})
+
+    def _take_back(self, config: dict[str, Any]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        kept = self._aside(config)
+        if kept.exists():
+            self.stream.write(kept.read_bytes())
+            self.stream.flush()
+            kept.unlink()
+        return self._lines()
 
     def _write(self, value: dict[str, Any]) -> None:
         self.stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")

@@ -160,7 +160,7 @@ def test_partial_results_survive_a_torn_line(tmp_path, capsys):
     again.close()
     assert PartialResults(path, config).batches == {0: [[1, "甲"]], 1: [[0, "丙"]]}
     assert PartialResults(path, config | {"limit": 6}).batches == {}
-    assert "started anew, it is of a run with other limit" in capsys.readouterr().err
+    assert "set aside, it is of a run with other limit" in capsys.readouterr().err
 
 
 ROWS = 120
