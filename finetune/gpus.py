@@ -5,7 +5,8 @@ Rates are the makers' dense figures with 32-bit accumulation; where a card has n
 
 import math
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from finetune.errors import UserError
 
@@ -14,6 +15,8 @@ GIB = 2**30
 REACHABLE_SHARE = 0.79
 # Share of the free memory that is planned with: the rest is for fragments, which grow as a run goes on.
 USED_SHARE = 0.94
+# nvidia-smi counts what the driver keeps to itself (H100 0.45, A40 0.55, A100 0.8 GiB); programs and the table don't.
+DRIVER_GIB = 0.6
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,13 @@ GPUS = (
     Gpu("A40", 44.4, 149.7, 56),
     Gpu("A6000", 47.4, 154.8, 56),
     Gpu("A10", 22.0, 125.0, 32),
+    Gpu("A10G", 22.0, 70.0, 32),
     Gpu("RTX-5090", 31.4, 209.5, 64),
     Gpu("RTX-4090", 23.5, 165.2, 32),
     Gpu("RTX-3090", 23.6, 71.0, 56),
     Gpu("V100-32G", 31.7, 125.0, 150, has_bf16=False),
     Gpu("V100-16G", 15.8, 125.0, 150, has_bf16=False),
+    Gpu("V100S", 31.7, 130.0, 16, has_bf16=False),
     Gpu("T4", 14.6, 65.0, 16, has_bf16=False),
 )
 
@@ -79,15 +84,21 @@ def _model(gpu: Gpu) -> str:
 
 def found_gpu(device_name: str, memory_gib: float) -> Gpu | None:
     """The card a driver calls `device_name` ("NVIDIA A100-SXM4-80GB"); of several the one with the nearest memory."""
-    words = _letters(device_name)
+    words = re.findall(r"[A-Z0-9]+", device_name.upper())  # whole ones: GH200 is no H200, L40S no L40
     models = [gpu for gpu in GPUS if _model(gpu) in words]
     if "PCIE" in words and any("PCIE" in gpu.name for gpu in models):
         models = [gpu for gpu in models if "PCIE" in gpu.name]
     else:
         models = [gpu for gpu in models if "PCIE" not in gpu.name]
-    longest = max((len(gpu.name.partition("-")[0]) for gpu in models), default=0)
-    models = [gpu for gpu in models if len(gpu.name.partition("-")[0]) == longest]
     return min(models, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
+
+
+def with_memory(gpu: Gpu, smi_gib: float) -> Gpu:
+    """The card with the memory nvidia-smi tells, where it is not the table's: an RTX-4090 of 48 GB, an H20 of 141."""
+    memory_gib = smi_gib - DRIVER_GIB
+    if abs(memory_gib - gpu.memory_gib) < 0.5:
+        return gpu
+    return replace(gpu, name=f"{re.sub(r'-[0-9]+G$', '', gpu.name)}-{smi_gib:.0f}G", memory_gib=memory_gib)
 
 
 def price_per_hour() -> float:

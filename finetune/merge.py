@@ -22,13 +22,14 @@ from finetune.lora_weights import LoraWeights
 from finetune.merge_check import check_merge
 from finetune.models import check_model_dir
 from finetune.tensor_files import copy_besides_weights, read_header, shard_files, tensor_places, write_shard
+from finetune.text_files import write_aside
 
 MARKER = "merge.json"
 PLAN = "merge_plan.json"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_aside(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -53,11 +54,15 @@ def _tensor_bytes(file: Path, lora: LoraWeights) -> Iterator[tuple[str, Any]]:
 
 def _open_partial(partial: Path, plan: dict[str, Any]) -> None:
     """Make the folder of the work in progress; what another merge left there is removed with a word."""
-    if partial.exists() and _read_json(partial / PLAN) != plan:
-        print(f"{partial}: left by another merge, removed")
+    try:
+        found = _read_json(partial / PLAN)
+    except ValueError:  # torn: what lies beside it may be anybody's
+        found = None
+    if partial.exists() and found != plan:
+        print(f"{partial}: {'left by another merge' if found else 'without a readable plan'}, removed")
         shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    _write_json(partial / PLAN, plan)
+    if not partial.exists():
+        _write_json(partial / PLAN, plan)
 
 
 def _write_weights(files: list[Path], lora: LoraWeights, partial: Path) -> None:

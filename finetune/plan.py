@@ -20,7 +20,7 @@ from pathlib import Path
 
 from finetune.arguments import Arguments, nearest, parse_arguments
 from finetune.errors import UserError, run_main
-from finetune.gpus import GIB, GPUS, Gpu, found_gpu, named_gpu, price_per_hour
+from finetune.gpus import GIB, GPUS, Gpu, found_gpu, named_gpu, price_per_hour, with_memory
 from finetune.memory import (
     ADAM_STATE_BYTES,
     KNOWN_SHAPES,
@@ -51,6 +51,7 @@ def estimated_tokens(row: dict) -> float:
     """Tokens of a decoded row of either spelling, from its characters."""
     if "conversation" in row:
         texts = [text for turn in row["conversation"] for text in (turn.get("human", ""), turn.get("assistant", ""))]
+        texts += [row["system"]] if row.get("system") else []
     else:
         texts = [message.get("content", "") for message in row.get("messages", [])]
     return sum(len(text) * TOKENS_PER_CHARACTER + TOKENS_PER_TURN for text in texts)
@@ -89,7 +90,7 @@ def shape_of(model: str) -> Shape:
 def gpus_here() -> tuple[Gpu | None, int]:
     """(card, number) that nvidia-smi and CUDA_VISIBLE_DEVICES show, (None, 0) without one.
 
-    Raises UserError for a card that is not in the table.
+    The card has the memory it was found with. Raises UserError for one that is not in the table or tells no memory.
     """
     if not shutil.which("nvidia-smi"):
         return None, 0
@@ -99,14 +100,20 @@ def gpus_here() -> tuple[Gpu | None, int]:
     if done.returncode or not lines:
         return None, 0
     name, _, mebibytes = lines[0].rpartition(",")
-    gpu = found_gpu(name, float(mebibytes) / 1024)
+    try:
+        memory_gib = float(mebibytes) / 1024
+    except ValueError:  # [N/A], of a card that does not answer or shares the host's memory
+        raise _no_plan_for(f"nvidia-smi tells no memory of {name}: {mebibytes.strip()}.") from None
+    gpu = found_gpu(name, memory_gib)
     if gpu is None:
-        raise UserError(
-            f"{name} is not a card known here. Plan with a similar one (GPU=A40; known: "
-            f"{', '.join(gpu.name for gpu in GPUS)}), train with DEEPSPEED_STAGE set."
-        )
+        raise _no_plan_for(f"{name} is not a card known here.")
     visible = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
-    return gpu, len(visible) or len(lines)
+    return with_memory(gpu, memory_gib), len(visible) or len(lines)
+
+
+def _no_plan_for(problem: str) -> UserError:
+    known = ", ".join(gpu.name for gpu in GPUS)
+    return UserError(f"{problem} Plan with a similar one (GPU=A40; known: {known}), train with DEEPSPEED_STAGE set.")
 
 
 def decide_gpu(name: str | None, num_gpus: int | None) -> tuple[Gpu, int, str]:

@@ -2,7 +2,8 @@
 
 A product with a weight costs 2 FLOP a parameter forward, 2 for the gradient of its input, 2 for that of the weight (in
 full fine-tuning only), and 2 more where the layer is recomputed. Attention's own products are left out: rows are short.
-What a micro-batch costs whatever its size (dequantising, launches) is counted as OVERHEAD_TOKENS more tokens.
+What a micro-batch costs whatever its size (dequantising, launches) is counted as OVERHEAD_TOKENS more tokens; in QLoRA
+it takes no less than the host needs to launch it.
 """
 
 import itertools
@@ -24,6 +25,9 @@ from finetune.memory import (
 
 # Fitted to the H100 runs of tests/test_plan.py: share of the card's reachable rate in QLoRA and in full fine-tuning.
 QLORA_SHARE, QLORA_OVERHEAD_TOKENS = 0.74, 900
+# Python launches a layer's kernels, forward and backward, no faster than this, however little they compute. On H100
+# machines a layer of a micro-batch took 9.9 and 10 ms (SmolLM2, 30 layers) and 14 ms (Qwen-1.8B's shape, 24 layers).
+LAUNCH_SECONDS = 0.012
 FP8_GAIN = 1.15  # of QLoRA's speed by fp8_backward, on an H100
 FULL_SHARE, FULL_OVERHEAD_TOKENS = 0.79, 300
 HOST_LINK_BYTES = 20e9  # bytes/s between a card and main memory, PCIe 4 x16
@@ -64,7 +68,8 @@ def qlora_tokens_per_second(shape: Shape, lora_rank: int, gpu: Gpu, budget: Budg
     """Trained tokens per second of one card, `budget` being what a micro-batch holds."""
     flops = qlora_flops_per_token(shape, lora_rank, 1 - budget.layers_kept / shape.layers)
     rate = gpu.reachable_flops * QLORA_SHARE * (FP8_GAIN if fp8 else 1)
-    return rate / flops * budget.tokens / (budget.tokens + QLORA_OVERHEAD_TOKENS)
+    computed = rate / flops * budget.tokens / (budget.tokens + QLORA_OVERHEAD_TOKENS)
+    return min(computed, budget.tokens / (shape.layers * LAUNCH_SECONDS))
 
 
 def full_tokens_per_second(shape: Shape, gpu: Gpu, budget: Budget) -> float:

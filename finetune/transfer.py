@@ -44,6 +44,8 @@ def check_space(
 def bytes_present(folder: Path, files: list[RemoteFile]) -> int:
     """Bytes of the files that are there already, complete or in part."""
     parts = [path for file in files for path in folder.glob(f"{file.path}*")]
+    # ModelScope's partial files lie beside the whole ones, Hugging Face's here under names that are hashes.
+    parts += (folder / ".cache" / "huggingface" / "download").rglob("*.incomplete")
     return sum(path.stat().st_size for path in set(parts) if path.is_file())
 
 

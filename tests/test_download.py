@@ -18,7 +18,7 @@ from finetune.download import Wish, download_model
 from finetune.errors import UserError
 from finetune.hub_files import needed_files
 from finetune.hubs import RemoteFile
-from finetune.transfer import progress_lines
+from finetune.transfer import bytes_present, progress_lines
 from llm_code.llm_download import baichuan2_7B_base_download
 from tests.hub import Hub
 
@@ -249,6 +249,18 @@ def test_disk_is_checked_from_the_listed_sizes(tmp_path, hub, monkeypatch):
     assert not hub.transfers(SHARD)
     monkeypatch.setattr("finetune.checkpoint.disk.shutil.disk_usage", lambda _: usage(0, 0, 101_200_000))
     download_model(wish(tmp_path, keep_original=False))
+
+
+def test_a_download_in_part_counts_with_both_hubs_partial_files(tmp_path):
+    files = [RemoteFile("a.safetensors", 2000), RemoteFile("b.safetensors", 2000), RemoteFile("sub/c.json", 9)]
+    assert bytes_present(tmp_path, files) == 0
+    partial = tmp_path / ".cache" / "huggingface" / "download"
+    (partial / "sub").mkdir(parents=True)
+    (tmp_path / "a.safetensors").write_bytes(bytes(2000))
+    (partial / "AbC=.etag.incomplete").write_bytes(bytes(1000))
+    (partial / "sub" / "DeF=.etag.incomplete").write_bytes(bytes(5))
+    (partial / "a.safetensors.metadata").write_bytes(bytes(70))
+    assert bytes_present(tmp_path, files) == 3005
 
 
 def test_full_disk_is_one_line(tmp_path, hub, monkeypatch):

@@ -1,16 +1,21 @@
 """Merging an adapter: equal to peft's merge and to base + adapter, refused where it can't be exact, resumable."""
 
+import errno
 import json
+import os
 import shutil
 import stat
+import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import finetune.merge
+from finetune import merge_check
 from finetune.errors import UserError
 from finetune.merge import merge_adapter, write_merged
 from finetune.merge_check import LIMITS, compare, compute_logits, require_rounding_only
@@ -138,6 +143,84 @@ def test_a_full_disk_is_told_before_anything_is_written(tiny_qwen, adapter, tmp_
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def begin_merge(model_dir, adapter_dir, save_path, monkeypatch):
+    """A merge that ends after all files are written."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune.merge, "check_merge", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merge_adapter(model_dir, adapter_dir, save_path)
+
+
+def fill_the_disk(monkeypatch):
+    """Every small file is opened, which empties it, and then cannot be written."""
+
+    def full(path, *_, **__):
+        path.open("w").close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+
+
+def test_a_full_disk_spoils_no_merge_begun(tiny_qwen, adapter, tmp_path, monkeypatch):
+    begin_merge(tiny_qwen, adapter, tmp_path / "merged", monkeypatch)
+    partial = tmp_path / "merged.partial"
+    first = min(partial.glob("*.safetensors"))
+    written = first.stat().st_mtime_ns
+    with monkeypatch.context() as patched:  # the disk is full when it goes on: nothing small is to be written
+        fill_the_disk(patched)
+        begin_merge(tiny_qwen, adapter, tmp_path / "merged", patched)
+    begin_merge(tiny_qwen, adapter, tmp_path / "merged", monkeypatch)
+    assert first.stat().st_mtime_ns == written
+
+
+def test_a_plan_that_a_full_disk_cut_off_is_none(tiny_qwen, adapter, tmp_path, monkeypatch, capsys):
+    partial = tmp_path / "merged.partial"
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        fill_the_disk(patched)
+        merge_adapter(tiny_qwen, adapter, tmp_path / "merged")
+    assert not (partial / "merge_plan.json").exists()
+    for text in (None, "", "{"):
+        if text is not None:
+            (partial / "merge_plan.json").write_text(text)
+        begin_merge(tiny_qwen, adapter, tmp_path / "merged", monkeypatch)
+        assert "without a readable plan, removed" in capsys.readouterr().out
+    assert json.loads((partial / "merge_plan.json").read_text())["adapter_fingerprint"]
+    assert not list(partial.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(("free", "on_cpu"), [(None, False), (80 * 10**9, False), (1_000_500_000, True)])
+def test_a_model_larger_than_the_card_is_checked_on_the_cpu(
+    tiny_qwen, adapter, tmp_path, monkeypatch, capsys, free, on_cpu
+):
+    """The tiny model's files take 0.75 MB; what runs beside the weights is counted as 1 GB."""
+    started = []
+
+    def run(command, env=None, **_):
+        started.append((env or os.environ).get("CUDA_VISIBLE_DEVICES"))
+        logits = torch.arange(8.0).view(2, 4)
+        save_file({"token_ids": torch.tensor([1, 2]), "logits": logits, "base_logits": logits + 1}, command[4])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(merge_check, "free_card_bytes", lambda: free)
+    monkeypatch.setattr(subprocess, "run", run)
+    merge_check.check_merge(tiny_qwen, adapter, tmp_path)
+    assert started == (["-1", "-1"] if on_cpu else ["0", "0"])
+    assert ("checking on the CPU" in capsys.readouterr().out) == on_cpu
+
+
+def test_a_check_that_the_system_kills_says_what_that_means(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "killed"))
+    (tmp_path / "killed").write_text("#!/bin/bash\nkill -KILL $$\n")
+    (tmp_path / "killed").chmod(0o755)
+    with pytest.raises(UserError, match="was killed, as happens when main memory runs out"):
+        merge_check._fresh_process([], on_cpu=True)
+
+
 def test_a_forgotten_adapter_is_found_by_the_check(tiny_qwen, adapter, tmp_path):
     compute_logits(tiny_qwen, adapter, tmp_path / "adapter.safetensors")
     compute_logits(tiny_qwen, None, tmp_path / "base.safetensors")
@@ -176,13 +259,7 @@ def test_an_interrupted_merge_goes_on_and_a_finished_one_says_so(tiny_qwen, adap
     save_path = tmp_path / "merged"
     partial = tmp_path / "merged.partial"
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(finetune.merge, "check_merge", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        merge_adapter(tiny_qwen, adapter, save_path)
-    monkeypatch.undo()
+    begin_merge(tiny_qwen, adapter, save_path, monkeypatch)
     assert not save_path.exists()
     first, second = sorted(partial.glob("*.safetensors"))[:2]
     second.unlink()

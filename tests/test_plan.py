@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ MEASURED_QLORA = [
     (11715, 10610, 40, 64.0, 9832),
     (5858, 5305, 40, 39.0, 9016),
 ]
+# Qwen-1.8B's shape on another H100 machine: bound by the host, whose launches take 9.9 to 14 ms a layer.
+MEASURED_SMALL_QLORA = (10610, 24, 31380)
 # All of 7.5 B parameters, weights, gradients and moments in bfloat16, 3 to 4 micro-batches an update; the first three
 # were a loop's on the way here. All but the last kept the norms' results and SwiGLU's product.
 MEASURED_FULL = [
@@ -124,6 +127,19 @@ def test_qlora_estimates_are_near_the_measured(largest: int, mean: int, kept: in
     assert qlora_tokens_per_second(QWEN, 64, H100, Budget(mean, kept)) == pytest.approx(speed, rel=0.10)
 
 
+def test_a_small_model_is_bound_by_its_launches() -> None:
+    tokens, kept, speed = MEASURED_SMALL_QLORA
+    small = KNOWN_SHAPES["qwen-1_8b"]
+    assert qlora_tokens_per_second(small, 64, H100, Budget(tokens, kept)) == pytest.approx(speed, rel=0.25)
+    # On a card that computes more slowly than that the floor is none.
+    t4 = named_gpu("T4")
+    speeds = [qlora_tokens_per_second(small, 64, card, Budget(4096, 24)) for card in (t4, replace(t4, peak_tflops=60))]
+    assert speeds[0] / speeds[1] == pytest.approx(65 / 60)
+    # Launches are saved by larger micro-batches: an update is one, where it fits.
+    room = plan_options.usable_bytes(H100)
+    assert choose_qlora_budget(small, 64, H100, room, 512, 10_000) == Budget(math.ceil(1.12 * 10_000), 24)
+
+
 def test_fp8_products_are_counted() -> None:
     speeds = [qlora_tokens_per_second(QWEN, 64, H100, Budget(10610, 40), fp8) for fp8 in (False, True)]
     assert speeds[1] == pytest.approx(11319, rel=0.05) and speeds[1] > 1.1 * speeds[0]
@@ -191,7 +207,20 @@ def test_cards_by_the_names_of_people_and_drivers() -> None:
     assert found_gpu("NVIDIA L40S", 44.4).name == "L40S"
     assert found_gpu("NVIDIA GeForce RTX 4090", 23.6).name == "RTX-4090"
     assert found_gpu("Tesla V100-SXM2-32GB", 31.7).name == "V100-32G"
+    assert found_gpu("NVIDIA A10G", 22.0).name == "A10G"
+    assert found_gpu("Tesla V100S-PCIE-32GB", 31.7).name == "V100S"
     assert found_gpu("AMD Instinct", 64) is None
+    assert found_gpu("NVIDIA GH200 480GB", 95) is None
+
+
+def test_a_system_text_counts_in_either_spelling() -> None:
+    turn, system = {"human": "问" * 4, "assistant": "答" * 4}, "规则" * 50
+    messages = [{"content": text} for text in (system, turn["human"], turn["assistant"])]
+    expected = plan.estimated_tokens({"messages": messages})
+    assert expected == 108 * 0.75 + 3 * 12
+    assert plan.estimated_tokens({"conversation": [turn], "system": system}) == expected
+    for none in ({}, {"system": None}, {"system": ""}):
+        assert plan.estimated_tokens({"conversation": [turn], **none}) == 8 * 0.75 + 2 * 12
 
 
 def test_rows_are_counted_in_the_file(tmp_path: Path) -> None:
@@ -300,6 +329,39 @@ def test_cards_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert plan.gpus_here() == (None, 0)
     fake_nvidia_smi(tmp_path, monkeypatch, "NVIDIA vGPU-32GB, 32768")
     with pytest.raises(UserError, match="vGPU-32GB is not a card known here.*GPU=A40"):
+        plan.gpus_here()
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "gib", "like"),
+    [
+        ("NVIDIA GeForce RTX 4090, 49140", "RTX-4090-48G", 47.4, "4090"),  # as its makers in China solder it
+        ("NVIDIA H20-3e, 143771", "H20-140G", 139.8, "H20"),
+        ("NVIDIA GeForce RTX 4090, 24564", "RTX-4090", 23.5, "4090"),
+        ("NVIDIA H100 80GB HBM3, 81559", "H100-80G", 79.2, "H100"),
+    ],
+)
+def test_a_card_found_has_its_own_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, name: str, gib: float, like: str
+) -> None:
+    fake_nvidia_smi(tmp_path, monkeypatch, line)
+    gpu, _ = plan.gpus_here()
+    assert gpu.memory_gib == pytest.approx(gib, abs=0.05)
+    assert gpu == replace(named_gpu(like), name=name, memory_gib=gpu.memory_gib)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("NVIDIA GH200 480GB, 97871", "NVIDIA GH200 480GB is not a card known here"),
+        ("NVIDIA GB10, [N/A]", r"nvidia-smi tells no memory of NVIDIA GB10: \[N/A\]. Plan with a similar one"),
+    ],
+)
+def test_a_card_that_cannot_be_planned_for_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
+    fake_nvidia_smi(tmp_path, monkeypatch, line)
+    with pytest.raises(UserError, match=message):
         plan.gpus_here()
 
 
