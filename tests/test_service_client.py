@@ -4,11 +4,13 @@ import asyncio
 import fcntl
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -21,6 +23,7 @@ from llm_code.service.settings import api_keys, own_key
 from tests.conftest import REPOSITORY
 from tests.raw_http import Raw
 from tests.service_process import ServiceProcess, until
+from tests.terminal import Terminal
 
 KEY = "a-key-for-the-tests"
 
@@ -88,6 +91,64 @@ def test_a_conversation_remembers(service):
     assert done.stdout.split("\x1e") == ["你\nbe brief", "say 你", "你", "hello\n"]
 
 
+@pytest.fixture
+def terminal(service, monkeypatch):
+    """A conversation on a terminal, at its first prompt."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("API_KEY", KEY)
+    terminal = Terminal([sys.executable, "-m", "llm_code.service.client", "--url", str(service.http.base_url)])
+    terminal.wait_for("> ")
+    yield terminal
+    with suppress(ProcessLookupError):
+        os.kill(terminal.process, signal.SIGKILL)
+        terminal.status()
+    os.close(terminal.fd)
+
+
+def interrupted(terminal):
+    """One Ctrl-C; what came before the program's last word, and nothing behind it."""
+    terminal.type("\x03")
+    before = terminal.wait_for("interrupted\r\n", timeout=5)
+    until(lambda: os.waitid(os.P_PID, terminal.process, os.WEXITED | os.WNOHANG | os.WNOWAIT), seconds=5)
+    with suppress(OSError):  # EIO: the terminal has no program any more
+        terminal.seen += os.read(terminal.fd, 65536).decode()
+    assert terminal.status() == 130 and terminal.seen == "" and "Traceback" not in before
+
+
+@pytest.mark.parametrize("turns", [0, 2])
+def test_control_c_at_the_prompt_ends_the_conversation(terminal, turns):
+    for _ in range(turns):
+        terminal.type("say x\n")
+        terminal.wait_for("x\r\n> ")
+    interrupted(terminal)
+
+
+def test_control_c_in_an_answer_ends_the_conversation(service, terminal):
+    terminal.type("endless\n")
+    terminal.wait_for("abcdef")
+    interrupted(terminal)
+    until(lambda: service.metric("llm_engine_running ") == 0)
+
+
+def test_control_d_ends_the_conversation(terminal):
+    terminal.type("say x\n")
+    terminal.wait_for("x\r\n> ")
+    terminal.type("\x04")
+    assert terminal.status() == 0
+
+
+def test_a_conversation_from_a_file_with_half_a_character(service, tmp_path):
+    """Under either way Python has of reading what is no UTF-8, and without a line end at the end."""
+    command = [sys.executable, "-m", "llm_code.service.client", "--url", str(service.http.base_url)]
+    lines = tmp_path / "lines"
+    lines.write_bytes(b"say \xe4\xbd\nsay \xe4\xbd\xa0\r\nsay end")
+    for handler in ("strict", "surrogateescape"):
+        environment = {**os.environ, "API_KEY": KEY, "PYTHONIOENCODING": f"utf-8:{handler}"}
+        with lines.open() as stdin:
+            done = subprocess.run(command, cwd=REPOSITORY, stdin=stdin, capture_output=True, env=environment)
+        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "\ufffd\n你\nend\n", b"")
+
+
 def test_errors_in_one_line(service, tmp_path):
     refused = client(service, "--question", "x", key=None)
     assert refused.returncode == 2 and "401" in refused.stderr and "API_KEY" in refused.stderr
@@ -95,12 +156,19 @@ def test_errors_in_one_line(service, tmp_path):
     assert failed.returncode == 2 and "computation" in failed.stderr
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
+    foreign, fine = tmp_path / "gbk.txt", tmp_path / "fine.txt"
+    foreign.write_text("你好\n", encoding="gbk")
+    fine.write_text("say x\n")
     for flags, word in [
         (["--file", str(tmp_path / "none")], "found none"),
         (["--file", str(empty)], "one question a line"),
+        (["--file", "好" * 100], "File name too long"),
+        (["--file", str(foreign)], f"{foreign}: expected a text file in UTF-8, found byte 0xc4"),
+        (["--file", str(fine), "--output", str(tmp_path / "nodir" / "x.jsonl")], "but No such file or directory"),
+        (["--file", str(fine), "--output", str(tmp_path)], "but Is a directory"),
     ]:
         done = client(service, *flags)
-        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_bad_lines_of_a_file(tmp_path):

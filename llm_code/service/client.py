@@ -12,8 +12,9 @@ import argparse
 import asyncio
 import json
 import sys
+import threading
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -43,10 +44,8 @@ def parse_args() -> argparse.Namespace:
 
 def read_questions(path: Path, system: str | None) -> list[Messages]:
     """Conversations to answer, one for every line that is not empty. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"{path}: expected a file of questions, found none.")
     conversations = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(_text_of(path).split("\n"), 1):
         if not line.strip():
             continue
         messages = [{"role": "user", "content": line.strip()}]
@@ -56,6 +55,20 @@ def read_questions(path: Path, system: str | None) -> list[Messages]:
     if not conversations:
         raise UserError(f"{path}: expected one question a line, found none.")
     return conversations
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: expected a file of questions, found none.")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: expected a file of questions, but {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: expected a text file in UTF-8, found byte 0x{error.object[error.start]:02x}. "
+            "Convert it first; from GBK: iconv -f GBK -t UTF-8"
+        ) from None
 
 
 def _messages_of(line: str, place: str) -> Messages:
@@ -117,6 +130,28 @@ async def answer_all(client: "Client", conversations: Sequence[Messages], concur
     return failed
 
 
+async def _next_line() -> str:
+    """The next line of stdin, empty at the end. What is no text in the terminal's encoding becomes U+FFFD."""
+    loop = asyncio.get_running_loop()
+    read: asyncio.Future[bytes] = loop.create_future()
+
+    def hand_over(line: bytes) -> None:
+        if not read.done():  # cancelled by Ctrl-C
+            read.set_result(line)
+
+    def wait_for_line() -> None:
+        line = b""
+        # Unbuffered: a thread inside sys.stdin holds its lock, and the interpreter breaks down over that when it ends.
+        with suppress(OSError), open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
+            line = stdin.readline()
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(hand_over, line)
+
+    # Not asyncio.to_thread: the program's end waits for its threads, so Ctrl-C would wait for Enter.
+    threading.Thread(target=wait_for_line, daemon=True).start()
+    return (await read).decode(sys.stdin.encoding, "replace")
+
+
 async def converse(client: "Client", system: str | None) -> None:
     """Read a question a line from stdin and answer it in the light of those before; a failed turn is forgotten."""
     messages: Messages = _with_system([], system)
@@ -124,7 +159,7 @@ async def converse(client: "Client", system: str | None) -> None:
     while True:
         if shown:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = await asyncio.to_thread(sys.stdin.readline)
+        line = await _next_line()
         if not line:
             return
         if not line.strip():
@@ -152,11 +187,21 @@ async def run(args: argparse.Namespace) -> int:
         elif not args.file:
             await converse(client, args.system)
         elif args.output:
-            with args.output.open("w", encoding="utf-8") as output:
+            with _opened(args.output) as output:
                 return 1 if await answer_all(client, conversations, args.concurrency, output) else 0
         else:
             return 1 if await answer_all(client, conversations, args.concurrency, sys.stdout) else 0
     return 0
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--output {path}: expected a file that can be written, but {error.strerror}. "
+            "Make its folder first, or name another file."
+        ) from None
 
 
 def main() -> int:
