@@ -2,7 +2,8 @@
 
     OUTPUT_DIR/checkpoint-500/     one checkpoint, complete.json last
     OUTPUT_DIR/final/              the trained adapter or model, complete.json last
-    OUTPUT_DIR/.saving/            what is being written now; left behind only by a crash and removed by the next start
+    OUTPUT_DIR/.saving/            what training is writing now; left behind only by a crash, removed by the next start
+    OUTPUT_DIR/.finalizing/        the same of llm_code.finalize, which may run while a training saves
 
 `complete.json` of a checkpoint names the run it belongs to (base model, data, rows of an update, ...), so that a
 folder is never continued with another experiment by accident.
@@ -20,6 +21,7 @@ from finetune.errors import UserError
 
 MARKER = "complete.json"
 ASIDE = ".saving"
+FINALIZING = ".finalizing"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 # How each part of a run's identity is called in a message.
 WORDS = {
@@ -36,8 +38,13 @@ def checkpoint_dir(output_dir: str | Path, step: int) -> Path:
 
 
 def aside_dir(output_dir: str | Path) -> Path:
-    """Where checkpoints are while they are being written."""
+    """Where training's checkpoints and final/ are while they are being written."""
     return Path(output_dir) / ASIDE
+
+
+def finalizing_dir(output_dir: str | Path) -> Path:
+    """Where final/ is while llm_code.finalize writes it: neither it nor training removes the other's work."""
+    return Path(output_dir) / FINALIZING
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -54,7 +61,11 @@ def read_marker(folder: str | Path) -> dict[str, Any] | None:
 
 
 def publish(written: str | Path, target: str | Path, record: dict[str, Any]) -> None:
-    """Finish a folder written aside: flush its files, write the marker, rename it to `target` (replacing that)."""
+    """Finish a folder written aside: flush its files, write the marker, rename it to `target`.
+
+    What was there before goes aside first, whole: a removal that is interrupted must not leave a folder that looks
+    complete.
+    """
     written, target = Path(written), Path(target)
     for path in written.rglob("*"):
         if path.is_file():
@@ -63,14 +74,17 @@ def publish(written: str | Path, target: str | Path, record: dict[str, Any]) -> 
     marker.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(marker)
     sync(written)
+    old = written.with_name(f"old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        os.rename(target, old)
     os.rename(written, target)
     sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def clear_aside(output_dir: str | Path) -> None:
-    """Remove what a crash left half-written."""
+    """Remove what a training that crashed left half-written."""
     shutil.rmtree(aside_dir(output_dir), ignore_errors=True)
 
 
@@ -157,12 +171,27 @@ def _existing_parent(path: Path) -> Path:
     return path if path.exists() else _existing_parent(path.parent)
 
 
+def _size(number: float) -> str:
+    """1.5 GiB, or 12 MiB below one: small runs are refused too, and 0.0 GiB says nothing."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def _hidden(output_dir: str | Path) -> str:
+    """A sentence for each hidden folder that holds something: `ls` does not show them."""
+    text = ""
+    for folder in (aside_dir(output_dir), finalizing_dir(output_dir)):
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if size:
+            text += f" {folder} holds {_size(size)} half-written: remove it unless something is being written."
+    return text
+
+
 def check_disk(output_dir: str | Path, needed: int) -> None:
     """Raises UserError when less than `needed` bytes are free where output_dir lies (or will lie)."""
     free = shutil.disk_usage(_existing_parent(Path(output_dir).absolute())).free
     if free < needed:
         raise UserError(
-            f"{output_dir}: this run's checkpoints need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. "
+            f"{output_dir}: this run's checkpoints need {_size(needed)}, {_size(free)} are free.{_hidden(output_dir)} "
             "Free some disk, lower save_total_limit, or name an --output_dir on a larger disk."
         )
 
@@ -195,6 +224,6 @@ def check_host_memory(needed: int, what: str) -> None:
     free = free_host_memory()
     if free is not None and free < needed:
         raise UserError(
-            f"{what} needs {needed / 2**30:.1f} GiB of main memory, {free / 2**30:.1f} GiB are free. "
+            f"{what} needs {_size(needed)} of main memory, {_size(free)} are free. "
             "End other programs or take a machine with more memory."
         )

@@ -113,6 +113,7 @@ def _train(arguments: Arguments, method: Method, identity: dict[str, Any], names
     room = measure_room(arguments, shape, model, samples, args.world_size, per_update, width)
     budget = decide_budget(method, room)
     if is_first_rank():
+        saving.clear_aside(args.output_dir)  # what a kill left there must not count as used disk
         check_saving(method, room, bool(evaluation))
     checkpoint_layers(model, shape.layers - budget.layers_kept)
     last_update = prepare.updates_in_all(arguments, len(samples), per_update)

@@ -10,6 +10,7 @@ report. The weights are put together from DeepSpeed's states where the checkpoin
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 from finetune import saving
 from finetune.errors import UserError, run_main
@@ -52,24 +53,38 @@ def check_base(checkpoint: Path, base_dir: Path) -> None:
 
 
 def write_final(checkpoint: Path, base_dir: Path, output_dir: Path) -> Path:
-    """Write OUTPUT_DIR/final from a checkpoint, aside first; what was there before is replaced."""
-    from finetune.final_model import complete
+    """Write OUTPUT_DIR/final from a checkpoint, aside first; what was there before is replaced.
 
+    A training may be saving in the same output_dir: it has its own folder for what is half-written.
+    """
     check_base(checkpoint, base_dir)
-    written = saving.aside_dir(output_dir) / "final"
-    shutil.rmtree(written, ignore_errors=True)
-    written.mkdir(parents=True)
+    work = saving.finalizing_dir(output_dir)
+    shutil.rmtree(work, ignore_errors=True)
     weights = sum(path.stat().st_size for path in base_dir.glob("*.safetensors"))
     saving.check_disk(output_dir, 2 * weights)
+    try:
+        marker = _write_aside(checkpoint, base_dir, output_dir, work / "final")
+        saving.publish(work / "final", output_dir / "final", marker)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return output_dir / "final"
+
+
+def _write_aside(checkpoint: Path, base_dir: Path, output_dir: Path, written: Path) -> dict[str, Any]:
+    """All files of final/ but its marker, which is returned."""
+    from finetune.final_model import complete
+
+    written.mkdir(parents=True)
     copy_weights(checkpoint, base_dir, written)
+    # Training takes the marker first when it removes an old checkpoint: while it is there, all was there.
     marker = saving.read_marker(checkpoint)
+    if marker is None:
+        raise UserError(f"{checkpoint} was removed while it was copied. Run it again for the newest one.")
     complete(written, base_dir, bool(marker.get("norm_head")))
     for path in (checkpoint / "train_args.json", *(output_dir / name for name in REPORTS)):
         if path.exists():
             shutil.copyfile(path, written / path.name)
-    saving.publish(written, output_dir / "final", marker)
-    saving.clear_aside(output_dir)
-    return output_dir / "final"
+    return marker
 
 
 def copy_weights(checkpoint: Path, base_dir: Path, target: Path) -> None:
@@ -94,6 +109,7 @@ def main() -> None:
     base_dir = check_model_dir(flags.model_name_or_path)
     final = flags.output_dir / "final"
     if flags.checkpoint is None and saving.is_complete(final):
+        shutil.rmtree(saving.finalizing_dir(flags.output_dir), ignore_errors=True)  # of one that was killed
         print(f"already done: {final}")
     else:
         checkpoint = choose_checkpoint(flags.output_dir, flags.checkpoint)

@@ -205,26 +205,84 @@ def test_one_process_trains_and_final_has_the_trained_logits(reference: Path, ti
     assert not torch.allclose(model.model.norm.weight, other.model.norm.weight)
 
 
-def test_16_bit_weights_train_like_32_bit_ones_and_go_on_exactly(
-    settings: dict[str, str], reference: Path, tmp_path: Path
-) -> None:
-    """One process, bfloat16 throughout: close to the float32 run; a checkpoint goes on with the very same losses."""
+def train_here(settings: dict[str, str], output_dir: Path, flags: str) -> int:
+    """A run in this process, without DeepSpeed; its status."""
     from finetune.arguments import parse_arguments
     from finetune.full import full_method
     from finetune.training import run_training
 
+    config = REPOSITORY / "llm_code" / "training_config" / "baichuan2_config.json"
+    paths = ["--model_name_or_path", settings["BAICHUAN_MODEL_DIR"], "--output_dir", str(output_dir)]
+    rows = ["--train_file", settings["BAICHUAN_TRAIN_FILE"]]
+    flags = f"--train_args_file {config} {flags} --deepspeed none"
+    arguments = parse_arguments([*flags.split(), *paths, *rows])
+    return run_training(arguments, full_method(arguments))
+
+
+def test_16_bit_weights_train_like_32_bit_ones_and_go_on_exactly(
+    settings: dict[str, str], reference: Path, tmp_path: Path
+) -> None:
+    """One process, bfloat16 throughout: close to the float32 run; a checkpoint goes on with the very same losses."""
+
     def train(output_dir: Path) -> None:
-        config = REPOSITORY / "llm_code" / "training_config" / "baichuan2_config.json"
-        flags = f"--train_args_file {config} {ON_ONE_RANK} --save_total_limit 9 --deepspeed none --bf16 true"
-        paths = ["--model_name_or_path", settings["BAICHUAN_MODEL_DIR"], "--output_dir", str(output_dir)]
-        arguments = parse_arguments([*flags.split(), *paths, "--train_file", settings["BAICHUAN_TRAIN_FILE"]])
-        assert run_training(arguments, full_method(arguments)) == 0
+        assert train_here(settings, output_dir, f"{ON_ONE_RANK} --save_total_limit 9 --bf16 true") == 0
 
     train(tmp_path / "whole")
     assert losses(tmp_path / "whole") == pytest.approx(losses(reference), abs=0.02)
     shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "rest" / "checkpoint-6")
     train(tmp_path / "rest")
     assert losses(tmp_path / "rest") == losses(tmp_path / "whole")
+
+
+def test_finalizing_and_training_at_the_same_time_leave_each_others_work(
+    settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finalized while the second checkpoint is half-written; cleared by a training's start while it finalizes."""
+    from finetune import saving
+    from finetune.trainer import UpdateTrainer
+    from llm_code import finalize
+
+    output_dir, base_dir = tmp_path / "out", Path(settings["BAICHUAN_MODEL_DIR"])
+    save_optimizer, copy_weights = UpdateTrainer._save_optimizer_and_scheduler, finalize.copy_weights
+
+    def save_and_finalize(trainer: UpdateTrainer, folder: str) -> None:
+        if trainer.state.global_step == 4:
+            final = finalize.write_final(output_dir / "checkpoint-2", base_dir, output_dir)
+            assert saving.read_marker(final)["step"] == 2
+            assert not (output_dir / ".finalizing").exists()
+        save_optimizer(trainer, folder)
+
+    def copy_and_clear(*paths: Path) -> None:
+        copy_weights(*paths)
+        saving.clear_aside(output_dir)
+
+    monkeypatch.setattr(UpdateTrainer, "_save_optimizer_and_scheduler", save_and_finalize)
+    flags = f"{ON_ONE_RANK} --max_steps 4 --save_steps 2"
+    assert train_here(settings, output_dir, flags) == 0
+    assert saving.read_marker(output_dir / "final")["step"] == 4
+    monkeypatch.setattr(finalize, "copy_weights", copy_and_clear)
+    finalize.write_final(output_dir / "checkpoint-4", base_dir, output_dir)
+    assert (output_dir / "final" / "model.safetensors").exists()
+    assert not list(output_dir.glob(".*"))
+
+
+def test_a_checkpoint_that_training_removes_while_it_is_copied_is_no_final(
+    settings: dict[str, str], reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.errors import UserError
+    from llm_code import finalize
+
+    checkpoint, copy_weights = tmp_path / "checkpoint-2", finalize.copy_weights
+    shutil.copytree(reference / f"checkpoint-{UPDATES}", checkpoint)
+
+    def copy_and_rotate(*paths: Path) -> None:
+        copy_weights(*paths)
+        shutil.rmtree(checkpoint)
+
+    monkeypatch.setattr(finalize, "copy_weights", copy_and_rotate)
+    with pytest.raises(UserError, match="checkpoint-2 was removed while it was copied"):
+        finalize.write_final(checkpoint, Path(settings["BAICHUAN_MODEL_DIR"]), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_stage_1_stops_at_sigterm_saved_and_goes_on(

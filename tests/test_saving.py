@@ -1,5 +1,6 @@
 """Folders written aside and renamed, found again, rotated; other experiments refused; disk counted beforehand."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,36 @@ def test_publishing_renames_and_replaces_a_torn_folder(tmp_path: Path) -> None:
     assert (torn / "weights").read_text() == "5"
     assert saving.read_marker(torn)["step"] == 5
     assert not (saving.aside_dir(tmp_path) / "checkpoint-5").exists()
+
+
+@pytest.mark.parametrize("name", ["rename", "rmtree"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_kill_while_a_folder_is_replaced_leaves_no_torn_one_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int
+) -> None:
+    """Killed just before the first or second renaming, or half-way through the first or second removal."""
+    write(tmp_path, 5)
+    calls = []
+
+    def killed(path: str | Path, *more, **options) -> None:
+        calls.append(path)
+        if len(calls) == call:
+            if name == "rmtree":
+                (Path(path) / "weights").unlink(missing_ok=True)
+            raise KeyboardInterrupt
+        return real(path, *more, **options)
+
+    module = shutil if name == "rmtree" else os
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 5)
+    monkeypatch.undo()
+    folder = tmp_path / "checkpoint-5"
+    assert not saving.is_complete(folder) or (folder / "weights").read_text() == "5"
+    saving.clear_aside(tmp_path)
+    write(tmp_path, 5)
+    assert saving.is_complete(folder) and not list(saving.aside_dir(tmp_path).iterdir())
 
 
 def test_the_newest_complete_checkpoint_is_found_by_number(tmp_path: Path) -> None:
@@ -80,6 +111,23 @@ def test_disk_is_counted_and_refused_when_short(tmp_path: Path) -> None:
     saving.check_disk(tmp_path / "not" / "yet", free // 2)
     with pytest.raises(UserError, match="GiB are free"):
         saving.check_disk(tmp_path / "not" / "yet", free * 2)
+
+
+def test_a_full_disk_is_told_in_sizes_that_mean_something_and_with_the_hidden_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage._replace(free=21 * 2**20))
+    with pytest.raises(UserError, match="need 43 MiB, 21 MiB are free") as failure:
+        saving.check_disk(tmp_path, 43 * 2**20)
+    assert "half-written" not in str(failure.value)
+    work = saving.finalizing_dir(tmp_path) / "final"
+    work.mkdir(parents=True)
+    (work / "weights").write_bytes(bytes(3 * 2**20))
+    with pytest.raises(UserError, match="need 2.0 GiB, .*/.finalizing holds 3 MiB half-written"):
+        saving.check_disk(tmp_path, 2 * 2**30)
+    saving.clear_aside(tmp_path)
+    assert work.exists()
 
 
 def test_main_memory_is_refused_when_short() -> None:

@@ -177,9 +177,34 @@ def test_a_full_disk_is_refused_before_the_first_update(
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    with pytest.raises(UserError, match="0.1 GiB, 0.0 GiB are free.*save_total_limit"):
+    with pytest.raises(UserError, match=r"need \d\d MiB, 1 MiB are free.*save_total_limit"):
         run_here(flags, tmp_path)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_what_a_kill_left_half_written_does_not_count_as_used_disk(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk with room for the run and half a checkpoint more; killed in the second checkpoint, gone on with."""
+    from finetune import saving
+
+    output_dir, needed = tmp_path / "out", []
+    usage, disk_needed = shutil.disk_usage(tmp_path), saving.disk_needed
+
+    def disk_usage(path: Path) -> object:
+        used = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
+        return usage._replace(free=64 * 2**20 - used)
+
+    monkeypatch.setattr(saving.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(saving, "disk_needed", lambda *counts: needed.append(disk_needed(*counts)) or needed[-1])
+    more = ["--save_steps", "2", "--report_to", "none", "--max_steps"]
+    assert run_here(flags, output_dir, *more, "2") == 0
+    shutil.rmtree(output_dir / "final")
+    torn = saving.aside_dir(output_dir) / "checkpoint-4"
+    torn.mkdir(parents=True)
+    (torn / "optimizer.pt").write_bytes(bytes(disk_usage(output_dir).free - needed[-1] // 4))
+    assert run_here(flags, output_dir, *more, "4") == 0
+    assert saving.is_complete(output_dir / "final") and not torn.parent.exists()
 
 
 def test_a_run_that_saves_no_checkpoints_needs_disk_for_final_alone(
