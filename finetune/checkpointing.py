@@ -1,5 +1,6 @@
 """transformers' Trainer with checkpoints that are written aside and published whole (finetune.saving)."""
 
+import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class CheckpointingTrainer(Trainer, ABC):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write aside on all ranks, then rank 0 publishes and removes what save_total_limit no longer allows."""
+        self._refuse_ruined_weights()
         step = self.state.global_step
         written = saving.aside_dir(self.args.output_dir) / f"checkpoint-{step}"
         target = saving.checkpoint_dir(self.args.output_dir, step)
@@ -78,6 +80,20 @@ class CheckpointingTrainer(Trainer, ABC):
             self._publish(written, target)
             saving.rotate(self.args.output_dir, self.plan.save_total_limit, best)
         self._barrier()
+
+    def _refuse_ruined_weights(self) -> None:
+        """Raise UserError rather than let NaN take the place of an earlier, sound checkpoint.
+
+        All ranks find the same: they have the same weights. Stage 3's parts of them (0 elements here) are not read.
+        """
+        weights = [one.detach() for one in self.model.parameters() if one.requires_grad and one.numel()]
+        # The largest magnitude: unlike a sum of squares it does not overflow, and it copies nothing.
+        largest = [torch.linalg.vector_norm(one, math.inf).float().to(self.args.device) for one in weights]
+        if largest and not torch.stack(largest).isfinite().all():
+            raise UserError(
+                f"after update {self.state.global_step} trained weights are NaN or infinite: they are not saved, "
+                "earlier checkpoints stay. Lower the learning rate, or look at the rows of the bad updates named above."
+            )
 
     def _publish(self, written: Path, target: Path) -> None:
         if self.plan.finish_folder:
@@ -114,6 +130,7 @@ class CheckpointingTrainer(Trainer, ABC):
 
     def save_final(self) -> Path:
         """Write output_dir/final, the adapter or model. Called on all ranks."""
+        self._refuse_ruined_weights()
         written = saving.aside_dir(self.args.output_dir) / "final"
         target = Path(self.args.output_dir) / "final"
         self.save_model(str(written), _internal_call=True)
@@ -160,7 +177,7 @@ class CheckpointingTrainer(Trainer, ABC):
             shutil.rmtree(checkpoint / (checkpoint / UNIVERSAL).read_text())
 
     def find_checkpoint(self) -> str | None:
-        """Newest complete checkpoint, its progress taken over; what a crash left half-written is removed."""
+        """Newest complete checkpoint, its progress taken over; what a training left half-written is removed."""
         checkpoint, remarks = saving.newest_checkpoint(self.args.output_dir)
         if self.args.should_save:
             saving.clear_aside(self.args.output_dir)

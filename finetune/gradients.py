@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 class Gradients:
-    """`norm` is that of the last `clip`, before clipping, on the device."""
+    """`norm` is that of the last `clip`, before clipping, on the device.
+
+    Whether it is a number is not asked here: the answer would have to be waited for. `clip` makes NaN of infinite
+    gradients, the trainer reads the norm where it reads the loss, before the optimiser steps, and calls `drop`.
+    """
 
     def __init__(self, model: nn.Module, world_size: int) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -2,8 +2,9 @@
 
 What is added: the rows of an update come from finetune.batching.plan_epoch on every rank alike; the loss is the mean
 over the supervised tokens of the whole update over all ranks, as a padded batch of the same rows would give; a
-micro-batch that does not fit is cut and repeated; bad losses end the run with the rows that caused them; checkpoints
-are published whole; a stop signal is obeyed at the end of an update, on all ranks at the same one.
+micro-batch that does not fit is cut and repeated; gradients of an update whose loss or gradient norm is no number are
+dropped, and several such updates in a row end the run with the rows that caused them; checkpoints are published whole;
+a stop signal is obeyed at the end of an update, on all ranks at the same one.
 
 Gradients are averaged here, once an update, and not by DistributedDataParallel's hooks: so a rank that runs out of
 memory may cut its own micro-batches without the others waiting inside a collective for it. DeepSpeed reduces by
@@ -28,7 +29,7 @@ from finetune.checkpointing import CheckpointingTrainer, Progress, RunPlan
 from finetune.errors import UserError
 from finetune.gradients import Gradients
 from finetune.progress import Meter
-from finetune.signals import StopRequest
+from finetune.signals import StopRequest, silence_lost_output
 from finetune.updates import RankUpdate, UpdateDataset, count_supervised, cut_in_pieces, update_loader
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class UpdateTrainer(CheckpointingTrainer):
     """Trains `model`, whose forward returns the SUM of token losses (finetune.loss), on encoded rows.
 
     `args.gradient_accumulation_steps` must be 1: micro-batches are an update's inner matter.
-    Raises UserError when losses stay NaN, infinite or exactly zero, naming the rows.
+    Raises UserError when losses stay NaN, infinite or exactly zero, or gradients NaN or infinite, naming the rows.
     """
 
     def __init__(
@@ -125,10 +126,10 @@ class UpdateTrainer(CheckpointingTrainer):
             self.gradients.clip(self.accelerator, self.args.max_grad_norm)
         # Until here nothing has waited for the device. What can be done while it computes is done before that.
         self._collate_ahead(update.next_rows)
-        loss = self._agree(loss_sum, update)
-        if not self.is_deepspeed_enabled and not math.isfinite(loss):
+        loss, norm = self._agree(loss_sum, update)
+        if not self.is_deepspeed_enabled and not (math.isfinite(loss) and math.isfinite(norm)):
             self.gradients.drop()
-        self._account(update, loss)
+        self._account(update, loss, norm)
         return loss_sum.detach() * scale
 
     def _loss_of(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
@@ -228,41 +229,50 @@ class UpdateTrainer(CheckpointingTrainer):
         """DeepSpeed steps inside backward, so a loss that is no number must be found before it ruins the weights."""
         total = self._sum_over_ranks(loss_sum.double().reshape(1))[0].item()
         if not math.isfinite(total):
-            raise UserError(self._bad_loss_message(update, total, 1))
+            raise UserError(self._bad_update_message(update, total, 1))
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.args.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def _agree(self, loss_sum: Tensor, update: RankUpdate) -> float:
-        """Mean loss of the update over all ranks, and the stop signal that any of them received."""
+    def _agree(self, loss_sum: Tensor, update: RankUpdate) -> tuple[float, float]:
+        """Mean loss of the update over all ranks, their gradients' norm, and the stop signal that any of them got."""
         stops = [float(self.stop.signal == number) for number in (15, 2)]
-        values = torch.tensor([0.0, *stops], dtype=torch.float64, device=self.args.device)
+        values = torch.tensor([0.0, 0.0, *stops], dtype=torch.float64, device=self.args.device)
         values[0] = loss_sum.detach()
-        total, terminated, interrupted = self._sum_over_ranks(values).tolist()
+        if self._judges_gradients:
+            values[1] = self.gradients.norm
+        total, norms, terminated, interrupted = self._sum_over_ranks(values).tolist()
         if terminated or interrupted:
             self.stop_signal = 15 if terminated else 2
         self._logged_sums[0] += total
         self._logged_sums[1] += update.num_supervised
-        return total / max(1, update.num_supervised)
+        return total / max(1, update.num_supervised), norms / self.args.world_size
 
-    def _account(self, update: RankUpdate, loss: float) -> None:
+    @property
+    def _judges_gradients(self) -> bool:
+        """DeepSpeed has its own ways; for a GradScaler infinite gradients are how it finds its scale: it skips them."""
+        return not self.is_deepspeed_enabled and self.accelerator.scaler is None
+
+    def _account(self, update: RankUpdate, loss: float, norm: float) -> None:
         self.update_losses.append((self.state.global_step + 1, loss))
         self.progress.tokens += update.num_tokens
         self.progress.supervised_tokens += update.num_supervised
-        is_bad = not math.isfinite(loss) or loss == 0.0
+        is_bad = not (math.isfinite(loss) and math.isfinite(norm)) or loss == 0.0
         self._bad_updates = self._bad_updates + 1 if is_bad else 0
         if is_bad:
-            message = self._bad_loss_message(update, loss, self._bad_updates)
+            message = self._bad_update_message(update, loss, self._bad_updates, norm)
             if self._bad_updates >= MAX_BAD_UPDATES:
                 raise UserError(message)
             self._say(message)
 
-    def _bad_loss_message(self, update: RankUpdate, loss: float, count: int) -> str:
+    def _bad_update_message(self, update: RankUpdate, loss: float, count: int, norm: float = 0.0) -> str:
         lines = sorted(self.train_dataset.samples[row].row for row in update.rows)
         shown = ", ".join(map(str, lines[:MAX_ROWS_NAMED])) + (", ..." if len(lines) > MAX_ROWS_NAMED else "")
-        why = "no supervised token" if not update.num_supervised else f"loss {loss}"
+        is_gradient = math.isfinite(loss) and not math.isfinite(norm)
+        why = f"gradient norm {norm}" if is_gradient else f"loss {loss}"
+        why = why if update.num_supervised else "no supervised token"
         return (
             f"{count} update{'s' if count > 1 else ''} in a row with {why}; the last one, update "
             f"{self.state.global_step + 1}, had the training rows of lines {shown}. Look at these rows "
@@ -349,6 +359,7 @@ class _ObeyStop(TrainerCallback):
         """Called when the update is done, after transformers has decided what to do at this step."""
         self.trainer.mark_time()
         if self.trainer.stop_signal:
+            silence_lost_output()  # again: the reader of a pipe may have got the same signal, and left since
             control.should_log = control.should_training_stop = True
             control.should_evaluate = False
             control.should_save = args.save_strategy != "no"

@@ -5,6 +5,7 @@ supervised.
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -21,6 +23,7 @@ from finetune.checkpointing import RunPlan
 from finetune.conversation import Sample
 from finetune.errors import UserError
 from finetune.loss import enable_chunked_loss
+from finetune.signals import silence_lost_output
 from finetune.trainer import UpdateTrainer
 from finetune.updates import cut_in_pieces
 
@@ -157,14 +160,14 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path) ->
 
 
 class _Kill(TrainerCallback):
-    """Sends this process SIGTERM while an update is being computed."""
+    """Sends this process a signal while an update is being computed."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        self.step, self.number = step, number
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step == self.step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 def test_only_complete_checkpoints_count(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -197,6 +200,161 @@ def test_bad_losses_stop_the_run_with_their_rows(tmp_path: Path, capfd: pytest.C
     unsupervised = [Sample(sample.input_ids, [-100] * len(sample.labels), sample.row) for sample in make_samples()]
     with pytest.raises(UserError, match="no supervised token"):
         make_trainer(tmp_path / "zero", unsupervised).run()
+
+
+def _spoil_gradients(trainer: UpdateTrainer, monkeypatch, updates: set[int], value: float = float("inf")) -> None:
+    """One gradient of each of these updates (from 1) becomes `value`; the losses stay as they are."""
+    average, done = trainer.gradients.average, [0]
+
+    def spoiled() -> None:
+        average()
+        done[0] += 1
+        if done[0] in updates:
+            trainer.gradients.parameters[0].grad.view(-1)[0] = value
+
+    monkeypatch.setattr(trainer.gradients, "average", spoiled)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(("update", "limit"), [(3, 0.5), (6, 0.5), (3, 0.0)])  # in the middle, the last; unclipped
+def test_a_bad_gradient_ruins_no_weight_and_names_its_rows(
+    tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture, update: int, limit: float, value: float
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": limit}
+    trainer = make_trainer(tmp_path, **settings)
+    lines = sorted(trainer.train_dataset.samples[row].row for row in _updates(trainer)[update - 1])
+    _spoil_gradients(trainer, monkeypatch, {update}, value)
+    assert trainer.run() == 0
+    final = trainer.save_final()
+    said = capfd.readouterr().err
+    assert said.count("in a row with") == 1
+    assert f"1 update in a row with gradient norm {value}; the last one, update {update}, had" in said
+    assert f"of lines {', '.join(map(str, lines))}. Look" in said
+    assert all(map(math.isfinite, losses(trainer)))
+    for folder in (tmp_path / "checkpoint-6", final):
+        saved = Qwen2ForCausalLM.from_pretrained(folder)
+        assert all(torch.isfinite(parameter).all() for parameter in saved.parameters()), folder
+
+
+def test_bad_gradients_in_a_row_end_the_run(tmp_path: Path, monkeypatch) -> None:
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1)
+    _spoil_gradients(trainer, monkeypatch, {1, 3, 4, 5})
+    with pytest.raises(UserError, match="3 updates in a row with gradient norm inf; the last one, update 5, had"):
+        trainer.run()
+    saved = Qwen2ForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    assert all(torch.isfinite(parameter).all() for parameter in saved.parameters())
+
+
+def test_infinite_gradients_are_left_to_a_scaler(tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture) -> None:
+    trainer = make_trainer(tmp_path)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    monkeypatch.setattr(trainer.accelerator, "scaler", scaler)
+    _spoil_gradients(trainer, monkeypatch, {2, 3, 4})
+    assert trainer.run() == 0
+    assert "in a row with" not in capfd.readouterr().err
+    assert scaler.get_scale() == 0.5  # halved at each of the three updates that it skipped
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_a_bad_gradient_is_found_where_the_loss_is_read(tmp_path: Path, monkeypatch) -> None:
+    """The device is waited for once an update: the norm is not read on its way to the sum that both are read from."""
+    trainer, events = make_trainer(tmp_path, max_steps=2), []
+    monkeypatch.setattr(trainer, "_sum_over_ranks", lambda values: events.append("read") or values)
+    clip, agree = trainer.gradients.clip, trainer._agree
+
+    def clipped(*words) -> None:
+        events.append("clip")
+        with _ReadsTensors(events):
+            clip(*words)
+
+    def agreed(*words) -> tuple[float, float]:
+        with _ReadsTensors(events):
+            return agree(*words)
+
+    monkeypatch.setattr(trainer.gradients, "clip", clipped)
+    monkeypatch.setattr(trainer, "_agree", agreed)
+    trainer.run()
+    assert events == ["clip", "read"] * 2
+
+
+class _ReadsTensors(TorchDispatchMode):
+    """Notes each number that is read out of a tensor of one element."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, function, types, words=(), named=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.events.append("item")
+        return function(*words, **(named or {}))
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "final"])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, where: str) -> None:
+    """As after a step that overflows: the checkpoint before it stays, and no final/ appears."""
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).run()
+    trainer = make_trainer(
+        tmp_path, max_steps=4, save_strategy="steps" if where == "checkpoint" else "no", save_steps=4
+    )
+    trainer.add_callback(_Ruin(4))
+    with pytest.raises(UserError, match="after update 4 trained weights are NaN or infinite: they are not saved"):
+        trainer.run()
+        trainer.save_final()
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [2]
+    assert not (tmp_path / "final").exists()
+
+
+class _Ruin(TrainerCallback):
+    """Makes one weight NaN at the end of an update."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        if state.global_step == self.step:
+            model.lm_head.weight.data[0, 0] = float("nan")
+
+
+def test_a_hang_up_is_obeyed_as_sigterm(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=5)
+    trainer.add_callback(_Kill(2, signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        # A test that fails must not take pytest with it.
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
+        assert trainer.run() == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [2]
+    assert "SIGHUP: the update in hand is finished and saved" in capfd.readouterr().err
+
+
+def test_an_ignored_hang_up_stays_ignored(tmp_path: Path) -> None:
+    """nohup begins a program so."""
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(_Kill(2, signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert trainer.run() == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_output_that_nobody_can_receive_raises_no_more(kind: str) -> None:
+    reader, writer = os.openpty() if kind == "terminal" else os.pipe()
+    silence_lost_output((writer,))
+    os.write(writer, b"heard")
+    assert os.read(reader, 5) == b"heard"
+    os.close(reader)
+    with pytest.raises(OSError):
+        os.write(writer, b"lost")
+    silence_lost_output((writer,))
+    os.write(writer, b"lost")
+    os.close(writer)
 
 
 def _updates(trainer: UpdateTrainer) -> list[list[int]]:
