@@ -17,6 +17,7 @@ class ChatServer:
     def __init__(self, model, tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.busy, self.status, self.requests, self.keys = 0, 200, [], set()
+        self.card = {}  # further fields of the model in /v1/models
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"chat": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -49,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self.send(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
+        self.send(200, {"object": "list", "data": [{"id": "tiny", "object": "model"} | self.chat.card]})
 
     def do_POST(self) -> None:
         self.chat.keys.add(self.headers.get("Authorization"))

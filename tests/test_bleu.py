@@ -148,3 +148,18 @@ def test_a_seeded_run_gives_the_same_bytes(tiny_qwen, questions, tmp_path, run):
     run(*files(tmp_path / "first"))
     summary = json.loads((tmp_path / "first" / "bleu" / "scored.json").read_text(encoding="utf-8"))
     assert summary["generation"] is None and summary["rows"] == 1
+
+
+def test_a_run_with_other_settings_destroys_no_run_of_all_questions(tiny_qwen, questions, tmp_path, run):
+    options = (*files(tmp_path), "--test_file", questions, "--model_name_or_path", tiny_qwen)
+    run(*options, "--max_new_tokens", "2")
+    whole = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    name = "answer_generate_limit_3_max_new_tokens_2"
+    for told in ("written:", "already answered:"):
+        few = run(*options, "--max_new_tokens", "2", "--limit", "3")
+        assert f"this one goes to {tmp_path / name / 'answers.txt'}" in few.err and told in few.out
+    assert str(tmp_path / "bleu" / name / "scored.txt") in few.out
+    assert all(path.read_bytes() == content for path, content in whole.items())
+    assert len(bleu.read_scores(tmp_path / "bleu" / name / "scored.jsonl")) == 3
+    run(*options, "--max_new_tokens", "2")
+    assert all(path.read_bytes() == content for path, content in whole.items())

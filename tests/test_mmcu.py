@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from tests.test_mmcu_scoring import ask as make_question
 from tests.tiny.build_mmcu import OTHERS, SUBJECTS, build_mmcu
 
 FILES = ("answers.jsonl", *SUBJECTS, *OTHERS)
+REPORTS = {"answers.jsonl", "report.json", "report.md", "report.png", "report.txt"}
 
 
 @pytest.fixture(scope="module")
@@ -223,12 +225,15 @@ def test_engine_and_service_give_what_the_model_gives(tiny_qwen, tmp_path, run, 
     serve = [sys.executable, "-m", "llm_code.service.server", "--model_name_or_path", str(tiny_qwen), "--port", "0"]
     service = ServiceProcess(tmp_path / "service.log", {"api_keys": ["secret-key"]}, command=serve)
     try:
+        card = service.http.get("/v1/models").json()["data"][0]
+        assert len(card["weights_fingerprint"]) == 64
         url = f"http://127.0.0.1:{service.port}/v1/"
         run(tmp_path / "service", "--answer", "service", "--service_url", url, *limits)
     finally:
         assert service.stop() == 0
     assert contents(tmp_path / "service") == contents(tmp_path / "direct")
-    assert report_of(tmp_path / "service")["config"]["model"] == tiny_qwen.name
+    config = report_of(tmp_path / "service")["config"]
+    assert config["model"] == tiny_qwen.name and config["weights"] == card["weights_fingerprint"]
 
 
 def test_a_busy_service_is_asked_again_and_a_refusal_is_told(tiny_qwen, tmp_path, run, monkeypatch):
@@ -342,13 +347,69 @@ def test_another_runs_questions_are_compared_before_any_is_answered(data, tmp_pa
 
 
 def test_a_run_of_fewer_subjects_leaves_no_file_of_the_others(data, tmp_path, run):
-    (tmp_path / "notes.txt").write_text("mine")
+    folder, fewer = tmp_path / "result", tmp_path / "fewer"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    shutil.copytree(data[0], fewer)
+    (fewer / "test" / "法律.xlsx").unlink()
     with ScriptedServer(lambda body: (200, "A")) as server:
-        for limit in ("0", "3"):
-            run(tmp_path, "--answer", "service", "--service_url", server.url, "--limit", limit)
-    subjects = {record["subject"] for record in mmcu.read_answers(tmp_path)}
-    reports = {"answers.jsonl", "report.json", "report.md", "report.png", "report.txt", "notes.txt"}
-    assert {path.name for path in tmp_path.iterdir()} == reports | subjects and len(subjects) <= 3
+        for source in (data[0], fewer):
+            run(folder, "--answer", "service", "--service_url", server.url, "--data_dir", source)
+    subjects = {record["subject"] for record in mmcu.read_answers(folder)}
+    assert "法律" not in subjects
+    assert {path.name for path in folder.iterdir()} == REPORTS | {"notes.txt"} | subjects
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_run_with_other_settings_destroys_no_run_of_all_questions(tmp_path, run, monkeypatch):
+    folder, ways = tmp_path / "result", (["--limit", "3"], ["--max_new_tokens", "5"])
+    beside = [folder / f"answer_service_{end}" for end in ("limit_3_max_new_tokens_16", "max_new_tokens_5")]
+    with ScriptedServer(lambda body: (200, "A")) as server:
+        whole = (folder, "--answer", "service", "--service_url", server.url)
+
+        def break_off(*args):
+            raise OSError("disk full")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(mmcu, "summarise", break_off)
+            with pytest.raises(OSError, match="disk full"):
+                run(*whole)
+        half = files_in(folder)
+        assert "partial.jsonl" in half
+        assert f"this one goes to {beside[0]}" in run(*whole, *ways[0]).err
+        assert files_in(folder) == half
+        assert "going on behind" in run(*whole).err
+        finished = files_in(folder)
+        for place, options in zip(beside, ways, strict=True):
+            assert f"written: {place}/report.txt" in run(*whole, *options).out
+            assert REPORTS <= files_in(place).keys()
+        assert files_in(folder) == finished and len(mmcu.read_answers(beside[0])) == 3
+        few = (tmp_path / "few", *whole[1:])
+        run(*few, "--limit", "3")
+        run(*few)
+    assert len(mmcu.read_answers(tmp_path / "few")) == len(mmcu.read_answers(folder)) > 3
+    assert not any(path.is_dir() for path in (tmp_path / "few").iterdir())
+    assert "of at most 16 tokens (max_new_tokens)" in (folder / "report.txt").read_text(encoding="utf-8")
+
+
+def test_the_same_address_and_name_with_other_weights_is_another_model(tmp_path, run):
+    with ScriptedServer(lambda body: (200, "A")) as server:
+        options = (tmp_path, "--answer", "service", "--service_url", server.url, "--limit", "3")
+        server.card = {"weights_fingerprint": "one"}
+        run(*options)
+        asked = len(server.requests)
+        again = run(*options)
+        assert again.out.startswith("already done") and len(server.requests) == asked and not again.err
+        server.card = {"weights_fingerprint": "two"}
+        assert "already done" not in run(*options).out and len(server.requests) == 2 * asked
+        server.card = {}
+        for times in (3, 4):
+            told = run(*options)
+            assert "does not say which weights it serves" in told.err and "already done" not in told.out
+            assert len(server.requests) == times * asked
 
 
 def test_what_is_missing_is_named(tmp_path, run):

@@ -69,6 +69,58 @@ def test_reading_of_an_answer(text, official, strict):
 
 
 @pytest.mark.parametrize(
+    ("text", "strict"),
+    [
+        ("正确答案有A、C、D。", "ACD"),
+        ("答案有A、B、D", "ABD"),
+        ("正确选项有A、C、D", "ACD"),
+        ("正确答案包括A、B、C", "ABC"),
+        ("符合题意的有A、C", "AC"),
+        ("即A、B、C", "ABC"),
+        ("只有A、B正确", "AB"),
+        ("根据法律规定A、B、D正确", ""),
+        ("缺乏维生素A, D", ""),
+        ("没有A、B", ""),
+        ("A、B、D", "ABD"),
+        ("答案：A、B、C", "ABC"),
+        ("选A、C", "AC"),
+        ("根据题意，A、B、D", "ABD"),
+    ],
+)
+def test_a_list_is_read_as_a_whole_or_not_at_all(text, strict):
+    assert strict_prediction(text) == strict
+
+
+@pytest.mark.parametrize(
+    ("text", "strict"),
+    [
+        ("A. 甲\nC. 丙", "AC"),
+        ("答案：A. 甲；C. 丙", "AC"),
+        ("答案是A项和C项", "AC"),
+        ("A选项和C选项", "AC"),
+        ("A项、B项不正确，C项正确", "C"),
+        ("A 或 B", ""),
+        ("答案是A或者B", ""),
+        ("选A或B", ""),
+        ("A或B错误，选C", "C"),
+        ("选A不选B", "A"),
+        ("选A、C，不选B", "AC"),
+        ("答案是A不是B", "A"),
+        ("应选A不应选B", "A"),
+        ("不选A", ""),
+        # one is chosen, then the options are explained
+        ("A. 甲\nB. 乙，错误", "A"),
+        ("A. 甲\n\nB. 乙", "A"),
+        ("答案：B. 乙\n解析：A. 甲；B. 乙", "B"),
+        ("C. 丙\nA. 甲", "C"),
+        ("选A。B或C也有人选", "A"),
+    ],
+)
+def test_several_options_that_are_named(text, strict):
+    assert strict_prediction(text) == strict
+
+
+@pytest.mark.parametrize(
     ("cell", "official", "strict"),
     [
         ("A", "A", "A"),

@@ -3,9 +3,11 @@ them)."""
 
 import json
 import random
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
@@ -220,3 +222,26 @@ def test_chat_logprobs_join_to_the_content(service):
     for token in tokens:
         logprobs = [top["logprob"] for top in token["top_logprobs"]]
         assert logprobs == sorted(logprobs, reverse=True) and logprobs[0] >= token["logprob"] - 1e-6
+
+
+def test_other_weights_have_another_fingerprint(service, tiny_qwen, tmp_path):
+    from llm_code.module_interface.load import EngineSettings
+    from llm_code.service.run import system_fingerprint
+    from llm_code.service.server import weights_fingerprint
+
+    def of(folder, **changes):
+        return weights_fingerprint(EngineSettings(str(folder), served_model_name="final", **changes))
+
+    shutil.copytree(tiny_qwen, tmp_path / "same")
+    shutil.copytree(tiny_qwen, tmp_path / "retrained")
+    weights = next((tmp_path / "retrained").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1000:] = bytes(1000)
+    weights.write_bytes(content)
+    known = of(tiny_qwen)
+    assert of(tmp_path / "same") == known != of(tmp_path / "retrained")
+    assert of(tiny_qwen, load_in_4bit=True) != known
+    assert service.http.get("/v1/models").json()["data"][0]["weights_fingerprint"] == known
+    engine = SimpleNamespace(model_name="tiny", weights_fingerprint=known)
+    told = service.chat("你好", max_tokens=1).json()["system_fingerprint"]
+    assert told == system_fingerprint(engine) != system_fingerprint(SimpleNamespace(model_name="tiny"))

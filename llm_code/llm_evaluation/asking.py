@@ -1,6 +1,7 @@
 """The part that both evaluations share: command-line flags of the model, and a run that can be killed and resumed."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from finetune.countdown import Countdown
 from finetune.errors import UserError
 from finetune.partial_results import PartialResults
 from llm_code.llm_evaluation.answering import Answerer, Decoding, Generation, Likelihood, LocalModel, Prompt
+
+SETTINGS = ("answer", "limit", "ntrain", "max_new_tokens", "temperature", "load_in_4bit")
 
 
 def add_model_flags(parser: argparse.ArgumentParser, ways: Sequence[str], max_new_tokens: int) -> None:
@@ -45,6 +48,40 @@ def make_answerer(args: argparse.Namespace, decoding: Decoding, labels: Sequence
 
         return EngineAnswers(model, decoding)
     return Likelihood(model, labels) if args.answer == "likelihood" else Generation(model, decoding)
+
+
+def standing_config(about: Path, partial: Path) -> dict[str, Any] | None:
+    """The configuration of the run whose results lie there, finished (`about` tells) or not; None for none."""
+    try:
+        if about.exists():
+            return json.loads(about.read_text(encoding="utf-8"))["config"]
+        with open(partial, encoding="utf-8") as stream:
+            return json.loads(stream.readline())["config"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What was asked and how, without the model: a run of another model with the same settings takes the old place."""
+    keys = [*SETTINGS, "top_p", "seed"] if config.get("temperature") else SETTINGS
+    return {key: config[key] for key in keys if config.get(key)}
+
+
+def place_beside(standing: dict[str, Any] | None, config: dict[str, Any]) -> str:
+    """Name of the folder for a run that must not replace the one that stands there, empty where it may.
+
+    It may replace a run with the same settings; one of all questions may also replace a run of some.
+    """
+    if standing is None or settings_of(standing) == settings_of(config):
+        return ""
+    if standing.get("limit") and not config.get("limit"):
+        return ""
+    return "_".join(f"{key}_{value}" for key, value in settings_of(config).items())
+
+
+def may_reuse(config: dict[str, Any]) -> bool:
+    """Whether finished results are of the same model for sure: a service may not tell which weights it serves."""
+    return config.get("weights", "known") is not None
 
 
 def collect(

@@ -7,10 +7,13 @@
 With --test_file the model's answers are written to --input_file first (INPUT_FILE.partial.jsonl holds the finished
 batches of an interrupted run, INPUT_FILE.json what made the file). Then that file is scored: --save_file has a line for
 each row and the average last; .json, .jsonl and .png with the same name have everything else. Nothing is appended.
+Where the answers of a run with other settings stand, such as all questions, --limit or another --answer writes into a
+folder beside them and beside the scored file.
 """
 
 import argparse
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,14 @@ from finetune.statistics import SIGNIFICANT, paired_bootstrap
 from finetune.tables import percent
 from finetune.text_files import read_json_lines, write_aside
 from llm_code.llm_evaluation.answering import Decoding, Prompt
-from llm_code.llm_evaluation.asking import add_model_flags, collect, make_answerer
+from llm_code.llm_evaluation.asking import (
+    add_model_flags,
+    collect,
+    make_answerer,
+    may_reuse,
+    place_beside,
+    standing_config,
+)
 from llm_code.llm_evaluation.bleu_files import (
     ScoreFiles,
     answers_text,
@@ -65,6 +75,7 @@ def answer_questions(args: argparse.Namespace, others: list[dict[str, Any]] | No
     if others is not None:
         rows = [{"row": q.row, "prompt": q.input, "gold": q.target} for q in questions]
         check_comparable(rows, config, others, Path(args.compare_with), f"--compare_with {args.compare_with}")
+    set_places(args, config)
     record = args.input_file.with_name(args.input_file.name + ".json")
     if is_answered(args.input_file, record, config):
         return print(f"already answered: {args.input_file}")
@@ -79,10 +90,19 @@ def answer_questions(args: argparse.Namespace, others: list[dict[str, Any]] | No
     partial.remove()
 
 
+def set_places(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Move --input_file and --save_file into a folder where a run with other settings stands."""
+    record, partial = (args.input_file.with_name(args.input_file.name + end) for end in (".json", ".partial.jsonl"))
+    if name := place_beside(standing_config(record, partial), config):
+        kept, scored = args.input_file, Path(args.save_file)
+        args.input_file, args.save_file = kept.parent / name / kept.name, str(scored.parent / name / scored.name)
+        print(f"{kept} keeps its run with other settings: this one goes to {args.input_file}", file=sys.stderr)
+
+
 def is_answered(path: Path, record: Path, config: dict[str, Any]) -> bool:
     """Whether the finished file is the one that this configuration gives."""
     about = read_record(path, record)
-    return about is not None and canonical_json(about["config"]) == canonical_json(config)
+    return about is not None and may_reuse(config) and canonical_json(about["config"]) == canonical_json(config)
 
 
 def read_record(path: Path, record: Path) -> dict[str, Any] | None:

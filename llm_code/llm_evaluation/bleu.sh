@@ -7,7 +7,8 @@
 #   ENVS_DIR              llm_env lies there
 #   BAICHUAN_EVAL_MODEL   final (LLM_MODULE_MODEL_PATH), base (BAICHUAN_MODEL_DIR), service (BAICHUAN_HOST and _PORT)
 #   BAICHUAN_BLEU_FILE, EVAL_ANSWER           the questions, the way to answer (generate or engine)
-#   EVAL_RESULT_DIR       results go to psychology_result.txt and bleu/psychology_result_bleu.txt in it
+#   EVAL_RESULT_DIR       results go to psychology_result.txt and bleu/psychology_result_bleu.txt in it,
+#                         into a folder beside each where a run with other settings stands
 #   BG=1 detaches the run, DRY_RUN=1 prints the command
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -6,11 +6,13 @@
 Reads DIR/test/*.xlsx (and dev/ for --ntrain 5). Writes into save_dir a file for each subject as the benchmark's own
 script does, answers.jsonl with every question, and report.txt, report.json, report.md, report.png. Every question is
 scored twice: `official` as the benchmark's script does it, `strict` with the options kept whole and the answer read
-with care. partial.jsonl holds the finished batches of an interrupted run, which goes on where it was.
+with care. partial.jsonl holds the finished batches of an interrupted run, which goes on where it was. Where save_dir
+holds a run with other settings, such as one of all questions, --limit or another --answer writes into a folder in it.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +23,14 @@ from finetune.paired_scores import check_comparable
 from finetune.partial_results import PartialResults, canonical_json, config_hash
 from finetune.text_files import read_json_lines, write_aside
 from llm_code.llm_evaluation.answering import Decoding, Prompt
-from llm_code.llm_evaluation.asking import add_model_flags, collect, make_answerer
+from llm_code.llm_evaluation.asking import (
+    add_model_flags,
+    collect,
+    make_answerer,
+    may_reuse,
+    place_beside,
+    standing_config,
+)
 from llm_code.llm_evaluation.mmcu_data import (
     Question,
     data_hash,
@@ -80,10 +89,18 @@ def read_answers(folder: str | Path) -> list[Record]:
 def finished_report(save_dir: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """The report of a run that is done with this configuration, else None."""
     path = save_dir / "report.json"
-    if not path.exists() or not (save_dir / "answers.jsonl").exists():
+    if not may_reuse(config) or not path.exists() or not (save_dir / "answers.jsonl").exists():
         return None
     report = json.loads(path.read_text(encoding="utf-8"))
     return report if canonical_json(report["config"]) == canonical_json(config) else None
+
+
+def folder_of(save_dir: Path, config: dict[str, Any]) -> Path:
+    """save_dir, or a folder in it where a run with other settings stands."""
+    name = place_beside(standing_config(save_dir / "report.json", save_dir / "partial.jsonl"), config)
+    if name:
+        print(f"{save_dir} keeps its run with other settings: this one goes to {save_dir / name}", file=sys.stderr)
+    return save_dir / name
 
 
 def remove_report(save_dir: Path) -> None:
@@ -155,6 +172,7 @@ def main() -> None:
     if args.compare_with:
         rows, path = [asked(question) for question in questions], Path(args.compare_with) / "answers.jsonl"
         check_comparable(rows, config, read_answers(path.parent), path, f"--compare_with {args.compare_with}")
+    args.save_dir = folder_of(args.save_dir, config)
     done, partial = finished_report(args.save_dir, config), None
     if done:
         print(f"already done: {args.save_dir}")

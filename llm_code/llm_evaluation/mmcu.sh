@@ -7,7 +7,8 @@
 #   ENVS_DIR              llm_env lies there
 #   BAICHUAN_EVAL_MODEL   final (LLM_MODULE_MODEL_PATH), base (BAICHUAN_MODEL_DIR), service (BAICHUAN_HOST and _PORT)
 #   MMCU_DATA_DIR, MMCU_NTRAIN, EVAL_ANSWER   the workbooks, worked examples, the way to answer
-#   EVAL_RESULT_DIR       results go to mmcu/, mmcu_base/ or mmcu_service/ in it
+#   EVAL_RESULT_DIR       results go to mmcu/, mmcu_base/ or mmcu_service/ in it, or into a folder in that
+#                         where a run with other settings stands
 #   BG=1 detaches the run, DRY_RUN=1 prints the command
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -85,9 +85,10 @@ def run_lines(metrics: dict[str, Any]) -> list[str]:
     total, speed = metrics["strict"]["overall"]["accuracy"]["total"], timing["questions_per_second"]
     computed, all_prompts = timing["questions_computed"], timing.get("questions", 0)
     asked = f"{computed:,} of {all_prompts:,}" if computed < all_prompts else f"{computed:,}"  # after an interruption
+    limit = f" of at most {config['max_new_tokens']} tokens (max_new_tokens)" if "max_new_tokens" in config else ""
     lines = [
         f"model {metrics['model']} ({config.get('model')})",
-        f"answers by {config['answer']}, {config['ntrain']} worked examples, {total:,} questions",
+        f"answers by {config['answer']}{limit}, {config['ntrain']} worked examples, {total:,} questions",
         f"data {config['data']}, prompts {config['prompts']}",
         f"code {metrics['git_commit']}, configuration {metrics['config_hash']}",
         f"{asked} prompts in {timing['seconds']:.1f} s, {speed:.1f} a second",

@@ -66,16 +66,33 @@ class Service:
 
     @cached_property
     def model(self) -> str:
-        """Id of the model. Raises UserError when the service does not list one."""
+        """Id of the model."""
+        return self.card["id"]
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """What the service says of its first model. Raises UserError when it does not list one."""
         listed = self.request("GET", "models").get("data") or []
         if not listed:
             raise UserError(f"{self.base_url}: expected a model in /v1/models, found none.")
-        return listed[0]["id"]
+        return listed[0]
 
     def identity(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Address and model as the service names them: which weights stand behind them only the service knows."""
+        """Address, and the model as the service names it with the fingerprint of its weights.
+
+        Our own service tells it. Of others, such as vLLM, only id and root are known, since their `created` is the time
+        of the request: their finished results are never reused, those of an interrupted run are, and stderr says so.
+        """
+        weights = self.card.get("weights_fingerprint")
+        if not weights:
+            print(
+                f"{self.base_url} does not say which weights it serves: finished answers are asked for again, an "
+                "interrupted run goes on. Remove its partial file if the model was changed since.",
+                file=sys.stderr,
+            )
         asked = config_hash({"texts": [prompt.text for prompt in prompts]})
         place = {"answer": "service", "service": self.base_url, "model": self.model, "prompts": asked}
+        place |= {"weights": weights, "root": self.card.get("root")}
         return place | vars(self.decoding) | PLAIN
 
     def plan(self, prompts: Sequence[Prompt]) -> list[list[int]]:

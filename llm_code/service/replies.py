@@ -120,6 +120,7 @@ class ModelCard(Reply):
     root: str
     context_length: int
     max_model_len: int
+    weights_fingerprint: str | None = None  # absent where the weights are an upstream server's
 
 
 class ModelList(Reply):

@@ -35,6 +35,12 @@ class Host(Protocol):
     encoder: Executor
 
 
+def system_fingerprint(engine: Engine) -> str:
+    """Another one for other weights, where the engine knows them."""
+    text = getattr(engine, "weights_fingerprint", None) or engine.model_name
+    return f"fp_{uuid.uuid5(uuid.NAMESPACE_URL, text).hex[:10]}"
+
+
 class Run(ABC):
     """What chat and text completion have in common. Its events may be read once.
 
@@ -51,7 +57,7 @@ class Run(ABC):
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": f"fp_{uuid.uuid5(uuid.NAMESPACE_URL, self.engine.model_name).hex[:10]}",
+            "system_fingerprint": system_fingerprint(self.engine),
         }
         self.prompts: list[list[int]] = []
         self.last_events: dict[int, Event] = {}

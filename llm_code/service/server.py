@@ -16,6 +16,7 @@ from functools import partial
 from typing import NoReturn
 
 from finetune.errors import UserError, run_main
+from llm_code.module_interface.interface import Engine
 from llm_code.module_interface.load import EngineSettings, add_engine_arguments, load_engine, settings_of
 from llm_code.service.settings import ServiceSettings, api_keys, check_address
 
@@ -75,6 +76,24 @@ def check_engine(settings: EngineSettings) -> None:
             check_adapter(settings.adapter_name_or_path, settings.model_name_or_path)
 
 
+def load_named(settings: EngineSettings) -> Engine:
+    """The engine, with the fingerprint of its weights where they are in this process."""
+    weights = None if settings.upstream_url else weights_fingerprint(settings)  # before the files can change
+    engine = load_engine(settings)
+    engine.weights_fingerprint = weights
+    return engine
+
+
+def weights_fingerprint(settings: EngineSettings) -> str:
+    """Hex digest of the model, the adapter and the numbers' format. Reads little of each tensor."""
+    from finetune.identity import adapter_fingerprint, fingerprint
+    from finetune.partial_results import config_hash
+
+    adapter = settings.adapter_name_or_path
+    parts = {"model": fingerprint(settings.model_name_or_path), "adapter": adapter and adapter_fingerprint(adapter)}
+    return config_hash(parts | {"load_in_4bit": settings.load_in_4bit, "dtype": settings.dtype})
+
+
 def vllm_command(service: ServiceSettings, engine: EngineSettings) -> list[str]:
     """vLLM's own server on our address: the same protocol, without /internal/ask."""
     command = ["vllm", "serve", engine.model_name_or_path, "--host", service.host, "--port", str(service.port)]
@@ -113,7 +132,7 @@ def main() -> int:
         become_vllm(service, engine)
     from llm_code.service.process import serve  # after the checks: a mistake is told before anything is imported
 
-    return serve(partial(load_engine, engine), service)
+    return serve(partial(load_named, engine), service)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ class Serving:
 
     def model(self, name: str | None) -> ModelCard:
         """The card of a served name. Raises ApiError 404."""
-        context = self.engine.limits.context
+        context, weights = self.engine.limits.context, getattr(self.engine, "weights_fingerprint", None)
+        known = {"weights_fingerprint": weights} if weights else {}
         return ModelCard(
             id=self._served_name(name),
             object="model",
@@ -58,6 +59,7 @@ class Serving:
             root=self.engine.model_name,
             context_length=context,
             max_model_len=context,
+            **known,
         )
 
     def _run(self, kind: type[Run], request: Sampling, key: str) -> Run:
