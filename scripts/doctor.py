@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts import settings  # noqa: E402
-from scripts.environment import MARKER, OLDEST_DRIVER, files_of, is_current, target_of  # noqa: E402
-from scripts.nvidia import cuda_version, find_cards, none_found  # noqa: E402
+from scripts.environment import MARKER, OLDEST_DRIVER, files_of, is_current, is_for_processor, target_of  # noqa: E402
+from scripts.nvidia import Card, cuda_version, find_cards, none_found  # noqa: E402
 from scripts.package_install import EnvironmentFailed, choose_manager, find_python  # noqa: E402
 
 # What the steps write below each setting, in GB (10^9 bytes), for Qwen-14B-Chat: its 14.17e9 parameters in 16 bits are
@@ -73,6 +73,9 @@ def check_cards() -> list[Finding]:
     if int(cards[0].driver.split(".")[0]) < OLDEST_DRIVER and not os.environ.get("TORCH_INDEX_URL"):
         text = f"{cards[0].driver} is older than {OLDEST_DRIVER}: set TORCH_INDEX_URL to PyTorch's cu126 wheel index"
         found.append(("FAIL", "driver", text))
+    if is_for_processor():
+        text = "TORCH_INDEX_URL names wheels for the processor, which do not see the card: empty it, then make the"
+        found.append(("FAIL", "torch", f"{text} environments again"))
     return found
 
 
@@ -142,15 +145,16 @@ def check_python() -> list[Finding]:
     found = [
         ("ok", "python", text) if usable else ("FAIL", "python", "no Python 3.11 to 3.13 with venv, no conda, no uv")
     ]
-    return found + [_check_environment(name) for name in ("modelscope_env", "qwen_env", "llm_env")]
+    cards = find_cards()
+    return found + [_check_environment(name, cards) for name in ("modelscope_env", "qwen_env", "llm_env")]
 
 
-def _check_environment(name: str) -> Finding:
+def _check_environment(name: str, cards: list[Card]) -> Finding:
     """Whether an environment is there, and what this machine needs now: it may have had no card when it was made."""
     folder = Path(os.environ.get("ENVS_DIR", "")) / name
     if not os.environ.get("ENVS_DIR") or not (folder / MARKER).exists():
         return "warn", name, f"not there yet: make {target_of(name)}"
-    if not is_current(folder, files_of(name, find_cards())):
+    if not is_current(folder, files_of(name, cards)):
         return "warn", name, f"{folder} has other packages than wanted here now: make {target_of(name)}"
     return "ok", name, str(folder)
 

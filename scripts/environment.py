@@ -78,9 +78,13 @@ def files_of(name: str, cards: list[Card]) -> list[Path]:
 
     Boxes are rented without a card for a while, where installing and downloading cost little, and get one later.
     """
-    is_for_processor = name == ".venv" or os.environ.get("TORCH_INDEX_URL", "").rstrip("/").endswith("/cpu")
-    wanted = [file for file in REQUIREMENTS[name] if cards or not (is_for_processor and file.startswith("gpu"))]
-    return [ROOT / "env" / file for file in wanted]
+    has_card = cards or not (name == ".venv" or is_for_processor())
+    return [ROOT / "env" / file for file in REQUIREMENTS[name] if has_card or not file.startswith("gpu")]
+
+
+def is_for_processor() -> bool:
+    """Whether torch comes from wheels that see no card."""
+    return os.environ.get("TORCH_INDEX_URL", "").rstrip("/").endswith("/cpu")
 
 
 def is_current(folder: Path, files: list[Path]) -> bool:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts import settings  # noqa: E402
 from scripts.environment import ensure  # noqa: E402
+from scripts.nvidia import find_cards  # noqa: E402
 from scripts.package_install import EnvironmentFailed  # noqa: E402
 
 OUTPUT = ROOT / "outputs" / "quickstart"
@@ -83,9 +84,17 @@ def link_environments(folder: Path) -> None:
         link.symlink_to(folder)
 
 
+def sees_card(python: str) -> bool:
+    """Whether torch sees a card: with an old driver it does not, and steps refuse the processor unless told."""
+    test = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([python, "-c", test], stderr=subprocess.DEVNULL).returncode == 0
+
+
 def measure(folder: Path) -> None:
     """Every step of the path after the installation."""
     python, variables = str(folder / "bin" / "python"), step_environment()
+    if find_cards() and not sees_card(python):
+        variables["CUDA_VISIBLE_DEVICES"] = "-1"  # the tiny model is meant for the processor too
     run([python, "-m", "finetune.checkpoint", "tests/tiny/pretrained", str(PLACES["QWEN_MODEL_DIR"])], variables)
     run(["make", "qwen-data"], variables)
     evaluate("base", variables)

@@ -68,6 +68,8 @@ class FakeRequest:
 
 
 class FakeEngine:
+    weights_fingerprint = None
+
     def __init__(
         self,
         step_seconds=0.005,

@@ -154,3 +154,13 @@ def test_a_model_in_use_that_is_not_the_trained_one_is_asked_about(monkeypatch):
     assert "LLM_MODULE_MODEL_PATH is /o/old/final, while the training writes /o/new/final" in text
     monkeypatch.setenv("LLM_MODULE_MODEL_PATH", "/o/new/final")
     assert doctor.check_pairs() == []
+
+
+def test_wheels_for_the_processor_are_told_where_there_is_a_card(monkeypatch):
+    monkeypatch.setattr(doctor, "find_cards", lambda: [Card(0, "NVIDIA A40", 46068, "580.65.06")])
+    monkeypatch.setattr(doctor, "cuda_version", lambda: "13.0")
+    monkeypatch.setenv("TORCH_INDEX_URL", "http://127.0.0.1:9/whl/cu126")
+    assert "torch" not in [subject for _, subject, _ in doctor.check_cards()]
+    monkeypatch.setenv("TORCH_INDEX_URL", "http://127.0.0.1:9/whl/cpu")
+    level, text = level_and_text(doctor.check_cards(), "torch")
+    assert level == "FAIL" and "empty it" in text

@@ -244,4 +244,8 @@ def test_other_weights_have_another_fingerprint(service, tiny_qwen, tmp_path):
     assert service.http.get("/v1/models").json()["data"][0]["weights_fingerprint"] == known
     engine = SimpleNamespace(model_name="tiny", weights_fingerprint=known)
     told = service.chat("你好", max_tokens=1).json()["system_fingerprint"]
-    assert told == system_fingerprint(engine) != system_fingerprint(SimpleNamespace(model_name="tiny"))
+    assert (
+        told
+        == system_fingerprint(engine)
+        != system_fingerprint(SimpleNamespace(model_name="tiny", weights_fingerprint=None))
+    )

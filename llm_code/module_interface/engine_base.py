@@ -15,6 +15,7 @@ class EngineBase(ABC):
     """Half of interface.Engine: a subclass adds submit, limits, stats and close."""
 
     limits: EngineLimits
+    weights_fingerprint: str | None = None
 
     def __init__(self, tokenizer: Any, model_name: str, defaults: SamplingParams) -> None:
         self.tokenizer, self.model_name, self.defaults = tokenizer, model_name, defaults

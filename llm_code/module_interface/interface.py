@@ -201,6 +201,7 @@ class Engine(Protocol):
     """Any engine. `submit` raises InvalidRequest, ContextTooLong, QueueFull, EngineClosed or EngineDead at once."""
 
     model_name: str
+    weights_fingerprint: str | None  # None where the weights are in another process
     limits: EngineLimits
     defaults: SamplingParams  # what the checkpoint recommends in its generation config
 

@@ -37,7 +37,7 @@ class Host(Protocol):
 
 def system_fingerprint(engine: Engine) -> str:
     """Another one for other weights, where the engine knows them."""
-    text = getattr(engine, "weights_fingerprint", None) or engine.model_name
+    text = engine.weights_fingerprint or engine.model_name
     return f"fp_{uuid.uuid5(uuid.NAMESPACE_URL, text).hex[:10]}"
 
 

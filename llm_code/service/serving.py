@@ -49,7 +49,7 @@ class Serving:
 
     def model(self, name: str | None) -> ModelCard:
         """The card of a served name. Raises ApiError 404."""
-        context, weights = self.engine.limits.context, getattr(self.engine, "weights_fingerprint", None)
+        context, weights = self.engine.limits.context, self.engine.weights_fingerprint
         known = {"weights_fingerprint": weights} if weights else {}
         return ModelCard(
             id=self._served_name(name),
