@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.random_model import NAMES, SHAPES
 from finetune.errors import run_main
-from finetune.frozen import Frozen
+from finetune.frozen import Frozen, widened
 from finetune.tables import markdown_table
 
 RANK = 64
@@ -28,12 +28,23 @@ Product = Callable[[nn.Linear, Tensor, Tensor, Tensor], Tensor]
 
 def ours(base: nn.Linear, x_TI: Tensor, low_TR: Tensor, b_OR: Tensor) -> Tensor:
     """As finetune.projection computes it."""
-    return Frozen(base).forward(x_TI, low_TR, b_OR)
+    wide_TK = widened(x_TI, RANK)
+    wide_TK[:, x_TI.shape[1] :] = low_TR
+    return Frozen(base).forward(wide_TK, b_OR)
+
+
+def added_to(base: nn.Linear, x_TI: Tensor, low_TR: Tensor, b_OR: Tensor) -> Tensor:
+    """The adapter's output first; the base's product is added to it by the library, then the bias."""
+    output_TO = (low_TR @ b_OR.T).addmm_(x_TI, base.weight.T)
+    return output_TO if base.bias is None else output_TO.add_(base.bias)
 
 
 def base_first(base: nn.Linear, x_TI: Tensor, low_TR: Tensor, b_OR: Tensor) -> Tensor:
     """As peft does: the base's output, rounded, then the adapter's."""
     return base(x_TI) + low_TR @ b_OR.T
+
+
+WAYS = {"ours": ours, "adapter first": added_to, "base first": base_first}
 
 
 def kept(product: Product, base: nn.Linear, tokens: int, step: float) -> float:
@@ -61,7 +72,7 @@ def rows_of(model: str, tokens: int, device: torch.device) -> list[list[str]]:
         base.weight.normal_(0, 0.02)
         if has_bias:
             base.bias.normal_(0, BIAS)
-        for way, product in (("ours", ours), ("base first", base_first)):
+        for way, product in WAYS.items():
             rows.append([name, way, *(f"{kept(product, base, tokens, step):.2f}" for step in STEPS)])
     return rows
 

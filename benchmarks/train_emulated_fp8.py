@@ -36,12 +36,13 @@ class EmulatedFrozen(Frozen):
 class EmulatedBothWays(EmulatedFrozen):
     """The forward product's factors are rounded too."""
 
-    def forward(self, x_TI: Tensor, low_TR: Tensor, b_OR: Tensor) -> Tensor:
+    def forward(self, wide_TK: Tensor, b_OR: Tensor) -> Tensor:
         """As Frozen.forward."""
-        return super().forward(rounded_rows(x_TI), low_TR, b_OR)
+        inputs = self.base.in_features
+        return super().forward(torch.cat([rounded_rows(wide_TK[:, :inputs]), wide_TK[:, inputs:]], 1), b_OR)
 
-    def _dense(self, dtype: torch.dtype) -> Tensor:
-        return self._rounded_weight(dtype)
+    def _fill_dense(self, out_OI: Tensor) -> Tensor:
+        return out_OI.copy_(self._rounded_weight(out_OI.dtype))
 
 
 KINDS = {"backward": EmulatedFrozen, "both": EmulatedBothWays}

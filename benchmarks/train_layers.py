@@ -48,6 +48,7 @@ def load(folder: Path, way: str, device: torch.device) -> Any:
         qlora.apply_liger = lambda model: False
     if way == "16-bit-base":
         frozen.Frozen._dense = kept_dense(frozen.Frozen._dense)
+        frozen.Frozen._fill_dense = lambda self, out_OI: out_OI.copy_(self._dense(out_OI.dtype))
     if way.startswith("compiled"):
         # The compiler would trace into them and break off at each autograd function.
         call = projection.SharedInput.__call__

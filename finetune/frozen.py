@@ -9,10 +9,12 @@ base that it is not used with: the training loss of a real model rises by 0.03 t
 product alone changes nothing measurable (benchmarks/results/fp8.md).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from finetune.errors import UserError
 from finetune.nf4 import dense_weight, is_4bit
@@ -54,12 +56,19 @@ class Frozen:
         largest = dequantize_blockwise(state.absmax, state.state2) + state.offset
         return largest.abs().max().item() / FP8_LARGEST
 
-    def forward(self, x_TI: Tensor, low_TR: Tensor, b_OR: Tensor) -> Tensor:
-        """x W^T + bias + low B^T, (T, O)."""
-        # The small product first, the bias last: what is added to a rounded number is lost below half of its last
-        # place, and an adapter's first terms are smaller than that (benchmarks.small_terms).
-        output_TO = (low_TR @ b_OR.T).addmm_(x_TI, self._dense(x_TI.dtype).T)
-        return output_TO if self.base.bias is None else output_TO.add_(self.base.bias.to(x_TI.dtype))
+    def forward(self, wide_TK: Tensor, b_OR: Tensor) -> Tensor:
+        """x W^T + low B^T + bias, (T, O): one product over x and low, which lie side by side in wide_TK (`widened`).
+
+        Added to a product that is already rounded, an adapter's first terms are lost: they are smaller than half of its
+        last place (benchmarks.small_terms). On an H100 that is so for addmm too, whose kernel rounds before it adds.
+        """
+        inputs, rank = self.base.in_features, b_OR.shape[1]
+        weight_OK = wide_TK.new_empty(self.base.out_features, wide_TK.shape[1])
+        self._fill_dense(weight_OK[:, :inputs])
+        weight_OK[:, inputs : inputs + rank] = b_OR
+        weight_OK[:, inputs + rank :] = 0
+        bias = self.base.bias
+        return functional.linear(wide_TK, weight_OK, None if bias is None else bias.to(wide_TK.dtype))
 
     def add_input_gradient(self, total_TI: Tensor, grad_TO: Tensor) -> Tensor:
         """total + grad W in 16 bits, in place."""
@@ -70,8 +79,22 @@ class Frozen:
         if not self.has_kernel:
             return dense_weight(self.base, dtype)
         weight = self.base.weight
-        out = torch.empty(weight.quant_state.shape, dtype=dtype, device=weight.device)
-        return kernels().nf4_to_dense(weight, out)
+        return kernels().nf4_to_dense(weight, weight.new_empty(weight.quant_state.shape, dtype=dtype))
+
+    def _fill_dense(self, out_OI: Tensor) -> Tensor:
+        """The weight in `out_OI`, whose rows may lie apart."""
+        if self.has_kernel:
+            return kernels().nf4_to_dense(self.base.weight, out_OI)
+        return out_OI.copy_(dense_weight(self.base, out_OI.dtype))
+
+
+def widened(x_TI: Tensor, rank: int) -> Tensor:
+    """(T, K): x, and columns for `rank` numbers more a row, zeros at first.
+
+    K - I is a multiple of 16: with rows that begin anywhere products and kernels are slower.
+    """
+    # cat copies as fast as the memory is; an assignment to columns of a new tensor takes 1.7 times as long.
+    return torch.cat([x_TI, x_TI.new_zeros(len(x_TI), math.ceil(rank / 16) * 16)], 1)
 
 
 def fp8_input_gradient(layers: Sequence[Frozen], grads_TO: Sequence[Tensor]) -> Tensor:

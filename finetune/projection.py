@@ -2,12 +2,12 @@
 
     y_i = x W_i^T + b_i + s_i * dropout(x) A_i^T B_i^T
 
-peft's own path copies the output and adds a tensor for every term; here each term is accumulated by the matrix product
-that computes it, forward and backward. q, k and v, and gate and up, share their input: it is multiplied with all their
-A at once, its gradient is summed inside the products, and one dropout mask serves them together, as in the original
-LoRA code's merged projections (microsoft/LoRA, MergedLinear). Saved for the backward pass are x (or what it is made of:
-finetune.recipes) and dropout(x) A^T: W is dequantised again, the mask drawn again from its seed. Parameters and the
-adapter on disk stay peft's.
+peft's own path copies the output and adds a tensor for every term. Here an output is one product, of x and x A^T side
+by side with W and B side by side, and each term of the input's gradient is added by the product that computes it. q, k
+and v, and gate and up, share their input: it is multiplied with all their A at once, its gradient is summed inside the
+products, and one dropout mask serves them together, as in the original LoRA code's merged projections (microsoft/LoRA,
+MergedLinear). Saved for the backward pass are x (or what it is made of: finetune.recipes) and dropout(x) A^T: W is
+dequantised again, the mask drawn again from its seed. Parameters and the adapter on disk stay peft's.
 
 Dimensions: T = tokens, I = input size, O = output size of one projection, R = its rank, S = all ranks of a group.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finetune.dropout import draw_seed, dropout
-from finetune.frozen import Frozen, fp8_input_gradient
+from finetune.frozen import Frozen, fp8_input_gradient, widened
 from finetune.nf4 import is_4bit, keep_layout
 from finetune.recipes import split_recipe
 
@@ -181,9 +181,12 @@ class Projections(torch.autograd.Function):
         ctx.seed = draw_seed() if group.dropout else 0
         a_SI = _stacked(matrices[:count], group, x.dtype)
         low_TS = dropout(x_TI, group.dropout, ctx.seed) @ a_SI.T
-        outputs, lows = [], _parts(low_TS, matrices[:count], 1)
+        outputs, lows, inputs = [], _parts(low_TS, matrices[:count], 1), x.shape[-1]
+        wide_TK = widened(x_TI, max(low_TR.shape[1] for low_TR in lows))
         for frozen, low_TR, b_OR in zip(group.frozen, lows, matrices[count:], strict=True):
-            output_TO = frozen.forward(x_TI, low_TR, b_OR.to(x.dtype))
+            # What a larger rank before left behind these columns is multiplied with zeros.
+            wide_TK[:, inputs : inputs + low_TR.shape[1]] = low_TR
+            output_TO = frozen.forward(wide_TK, b_OR)
             outputs.append(output_TO.view(*x.shape[:-1], -1))
         ctx.save_for_backward(*sources, low_TS, *matrices)
         return tuple(outputs)
