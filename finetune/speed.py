@@ -26,7 +26,7 @@ from finetune.memory import (
 # Fitted to the H100 runs of tests/test_plan.py: share of the card's reachable rate in QLoRA and in full fine-tuning.
 QLORA_SHARE, QLORA_OVERHEAD_TOKENS = 0.74, 900
 # Python launches a layer's kernels, forward and backward, no faster than this, however little they compute. On H100
-# machines a layer of a micro-batch took 9.9 and 10 ms (SmolLM2, 30 layers) and 14 ms (Qwen-1.8B's shape, 24 layers).
+# machines a layer of a micro-batch took 9.9 and 10 ms (SmolLM2, 30 layers), 14 and 16 ms (Qwen-1.8B's shape, 24).
 LAUNCH_SECONDS = 0.012
 FP8_GAIN = 1.15  # of QLoRA's speed by fp8_backward, on an H100
 FULL_SHARE, FULL_OVERHEAD_TOKENS = 0.79, 300

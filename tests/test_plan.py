@@ -40,13 +40,10 @@ TRAIN = TrainArguments()
 # mean one, layers not recomputed, peak GiB that torch allocated, trained tokens per second. LoRA has rank 64.
 # Two cards, each with one micro-batch an update and with two.
 MEASURED_QLORA = [
-    (11715, 10610, 40, 64.0, 9810),
-    (11715, 10610, 40, 64.0, 9739),
-    (11715, 10610, 40, 64.0, 9878),
-    (11715, 10610, 40, 64.0, 9832),
-    (5858, 5305, 40, 39.0, 9016),
+    (11715, 10610, 40, 64.0, 9766),
+    (5858, 5305, 40, 39.0, 9070),
 ]
-# Qwen-1.8B's shape on another H100 machine: bound by the host, whose launches take 9.9 to 14 ms a layer.
+# Qwen-1.8B's shape on other H100 machines: bound by the host, whose launches take 9.9 to 16 ms a layer.
 MEASURED_SMALL_QLORA = (10610, 24, 31380)
 # All of 7.5 B parameters, weights, gradients and moments in bfloat16, 3 to 4 micro-batches an update; the first three
 # were a loop's on the way here. All but the last kept the norms' results and SwiGLU's product.
@@ -55,7 +52,7 @@ MEASURED_FULL = [
     (8192, 8192, 8, 66.8, 11261, True),
     (16384, 16384, 0, 62.4, 10983, True),
     (3771, 3630, 32, 72.9, 12910, True),
-    (5817, 5280, 32, 74.6, 12973, False),
+    (5817, 5280, 32, 74.6, 12733, False),
 ]
 
 
@@ -142,7 +139,7 @@ def test_a_small_model_is_bound_by_its_launches() -> None:
 
 def test_fp8_products_are_counted() -> None:
     speeds = [qlora_tokens_per_second(QWEN, 64, H100, Budget(10610, 40), fp8) for fp8 in (False, True)]
-    assert speeds[1] == pytest.approx(11319, rel=0.05) and speeds[1] > 1.1 * speeds[0]
+    assert speeds[1] == pytest.approx(11199, rel=0.05) and speeds[1] > 1.1 * speeds[0]
 
 
 @pytest.mark.parametrize(("largest", "mean", "kept", "gib", "speed", "keeps_all"), MEASURED_FULL)
