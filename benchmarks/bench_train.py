@@ -6,7 +6,8 @@
     python -m benchmarks.bench_train FOLDER --only qlora,padded-16 --rounds 3 --resume
     python -m benchmarks.bench_train FOLDER --group length          # how speed changes with one quantity
     python -m benchmarks.bench_train FOLDER --group losses          # SmolLM2 on real rows
-    python -m benchmarks.bench_train FOLDER --group "losses in float32" # do all compute the same?
+    python -m benchmarks.bench_train FOLDER --group "losses in float32"  # do all compute the same?
+    python -m benchmarks.bench_train FOLDER --group cards           # one card and two, QLoRA and ZeRO's stages
     python -m benchmarks.bench_train FOLDER --only qlora --label 4k --tokens_per_micro_batch 4096
 
 Flags it does not know go to training. Rounds are interleaved: every run once, then every run again. A peer that is not
@@ -24,11 +25,11 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.train_plan import WARM_UP, Run, all_runs, chosen
 from benchmarks.train_runs import command_of, measure
-from benchmarks.train_table import EXACT, draw, table
+from benchmarks.train_table import CARDS, EXACT, draw, table
 from finetune.errors import UserError, run_main
 
 DEFAULT_FOLDER = Path("outputs/bench_train")
-GROUPS = (*EXACT, "rows", "length", "rank", "size")
+GROUPS = (*EXACT, "rows", "length", "rank", "size", CARDS)
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import smollm2
 from benchmarks.machine import REPOSITORY
 from benchmarks.masters_table import REFERENCES, draw, page
+from benchmarks.ranks import training_command
 from benchmarks.train_runs import execute
 from finetune.errors import UserError, run_main
 from finetune.report import git_commit, versions, write_json
@@ -100,12 +100,7 @@ def training_flags(name: str, flags: argparse.Namespace) -> list[str]:
 
 def command_of(name: str, flags: argparse.Namespace) -> list[str]:
     """The process of a run: for `masters` as llm_code/train_ft.sh starts it."""
-    start = [sys.executable, "-m"]
-    if name == "masters":
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        start += f"finetune.launch deepspeed --quiet --num_gpus 1 --master_port {port} --no_local_rank --module".split()
-    return [*start, MODULES[name], *training_flags(name, flags)]
+    return [*training_command(MODULES[name], has_zero=name == "masters"), *training_flags(name, flags)]
 
 
 def train(name: str, flags: argparse.Namespace) -> None:
@@ -251,8 +246,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.folder.mkdir(parents=True, exist_ok=True)
     for key, value in HUGE_PAGES.items():
         os.environ.setdefault(key, value)
-    # finetune.launch looks for deepspeed there.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     prepare_base(flags.folder, flags.model)
     for name in flags.only:
         train(name, flags)

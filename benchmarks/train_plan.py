@@ -14,6 +14,7 @@ OURS = {
     "qlora": ("qwen_qlora.train_qlora", "qwen_qlora/config/qwen-14b-qlora.json"),
     "full": ("llm_code.train", "llm_code/training_config/baichuan2_config.json"),
 }
+DEEPSPEED_FILE = "llm_code/deepspeed_config/deepspeed_stage_{}_config.json"
 SHORT_ROWS = Workload(165, 32, 1024, 64)  # text matching and the like
 LONG_ROWS = Workload(330, 64, 1024, 48)  # conversations; the shipped configuration's rows of an update
 REAL_ROWS = Workload(0, 0, 1024, 64)  # of a file: as long as they are
@@ -42,6 +43,8 @@ class Run:
     value: float | None = None  # what a sweep varies
     train_file: str | None = None  # instead of rows of random words
     exact: bool = False  # everything in float32
+    gpus: int = 1  # cards, a rank on each
+    stage: str = "none"  # of ZeRO
 
 
 def main_runs() -> list[Run]:
@@ -86,6 +89,20 @@ def sweep_runs() -> list[Run]:
     return runs
 
 
+def card_runs() -> list[Run]:
+    """One card, then two: the same rows of an update dealt out to both, and for QLoRA also twice as many."""
+    qlora = Run("qlora-x1", "cards", "qlora", "qwen-14b", SHORT_ROWS, 20)
+    full = Run("full-x1", "cards", "full", "baichuan2-7b", LONG_ROWS, 20)
+    twice = replace(SHORT_ROWS, per_update=2 * SHORT_ROWS.per_update)
+    return [
+        qlora,
+        replace(qlora, name="qlora-x2", gpus=2),
+        replace(qlora, name="qlora-x2-twice", gpus=2, rows=twice),
+        full,
+        *(replace(full, name=f"zero-{stage}-x2", gpus=2, stage=stage) for stage in ("1", "2", "3")),
+    ]
+
+
 def loss_runs() -> list[Run]:
     """Do all ways compute the same? In float32 equal losses say so; in 16 bits each rounds elsewhere.
 
@@ -128,7 +145,7 @@ def tiny(run: Run) -> Run:
 
 def all_runs(is_tiny: bool) -> dict[str, Run]:
     """Every run by its name."""
-    runs = [*main_runs(), *loss_runs(), *sweep_runs()]
+    runs = [*main_runs(), *loss_runs(), *sweep_runs(), *card_runs()]
     return {run.name: tiny(run) if is_tiny else run for run in runs}
 
 
@@ -151,7 +168,7 @@ def training_flags(run: Run, model_dir: str, train_file: str, output_dir: str) -
         "--train_file": train_file,
         "--output_dir": output_dir,
         "--max_seq_length": run.rows.longest,
-        "--per_device_train_batch_size": run.rows.per_update,
+        "--per_device_train_batch_size": run.rows.per_update // run.gpus,
         "--gradient_accumulation_steps": 1,
         "--max_steps": run.updates,
         "--num_train_epochs": 100,
@@ -159,6 +176,6 @@ def training_flags(run: Run, model_dir: str, train_file: str, output_dir: str) -
         "--warmup_steps": WARMUP_STEPS,
         "--save_strategy": "no",
         "--report_to": "none",
-        "--deepspeed": "none",
+        "--deepspeed": "none" if run.stage == "none" else DEEPSPEED_FILE.format(run.stage),
     }
     return [*(str(word) for pair in common.items() for word in pair), *run.flags]

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.data_speed import measure_rows
 from benchmarks.machine import REPOSITORY
+from benchmarks.ranks import training_command
 from benchmarks.train_plan import OURS, TRAINED, WARM_UP, Run, training_flags
 from benchmarks.train_rows import write_rows
 from finetune.arguments import parse_arguments
@@ -48,7 +49,8 @@ class Ended:
 
 def measure(run: Run, folder: Path, more: Sequence[str], limit_s: float) -> dict[str, Any]:
     """The result of a run: its numbers, or under `status` why there are none."""
-    result = {"name": run.name, "group": run.group, "value": run.value, "model": run.model, "peer": run.peer}
+    result = {name: getattr(run, name) for name in ("name", "group", "value", "model", "peer", "gpus")}
+    result["rows_per_update"] = run.rows.per_update
     result["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     if run.method == "rows":
         return {**result, "status": "done", **measure_rows(folder, run.model, run.rows, int(run.value))}
@@ -63,9 +65,10 @@ def measure(run: Run, folder: Path, more: Sequence[str], limit_s: float) -> dict
     output_dir = folder / "output" / run.name
     shutil.rmtree(output_dir, ignore_errors=True)
     flags = [*training_flags(run, str(model_dir), str(rows), str(output_dir)), *more]
-    ended = execute(command_of(run, flags), folder / "logs" / f"{run.name}.log", limit_s)
+    command = command_of(run, flags)
+    ended = execute(command, folder / "logs" / f"{run.name}.log", limit_s, environment_of(run))
     shutil.rmtree(output_dir / "final", ignore_errors=True)  # as large as the model in full fine-tuning
-    result["command"] = " ".join(command_of(run, flags)[1:])
+    result["command"] = " ".join(command[1:]).replace(sys.executable, "python")
     report = output_dir / "train_report.json"
     if ended.status or not report.exists():
         print("\n".join(ended.lines[-LINES_SHOWN:]), file=sys.stderr)
@@ -92,18 +95,27 @@ def command_of(run: Run, flags: Sequence[str]) -> list[str]:
     """The process of a run, or for `rows` the module: that takes no flags."""
     if run.method == "rows":
         return [sys.executable, "-m", "benchmarks.data_speed"]
-    module = ["benchmarks.train_peer", run.peer, *run.peer_options] if run.peer else [OURS[run.method][0]]
-    return [sys.executable, "-m", *(["benchmarks.train_exact"] if run.exact else []), *module, *flags]
+    words = ["benchmarks.train_peer", run.peer, *run.peer_options] if run.peer else [OURS[run.method][0]]
+    if run.exact:
+        words.insert(0, "benchmarks.train_exact")
+    return [*training_command(words[0], run.gpus, run.stage != "none"), *words[1:], *flags]
 
 
-def execute(command: Sequence[str], log: Path, limit_s: float) -> Ended:
+def environment_of(run: Run) -> dict[str, str]:
+    """A process without a launcher sees one card; DeepSpeed's hides cards from its ranks itself."""
+    if run.gpus == 1 and run.stage == "none":
+        return {"CUDA_VISIBLE_DEVICES": "0"} | SAME_FOR_ALL | os.environ
+    return SAME_FOR_ALL | os.environ
+
+
+def execute(command: Sequence[str], log: Path, limit_s: float, environment: Mapping[str, str] | None = None) -> Ended:
     """Run to the end, or to the limit; what it prints goes to the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     lines, seconds, started = [], {}, time.monotonic()
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,
-        env={**SAME_FOR_ALL, **os.environ},
+        env=environment or SAME_FOR_ALL | os.environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

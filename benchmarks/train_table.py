@@ -24,6 +24,9 @@ HEADER = (
     "first losses differ by at most",
     "loads in s",
 )
+# One card and several; each is compared with one card and the same model.
+CARDS = "cards"
+CARDS_HEADER = tuple({"ours is faster by": "times one card", "peak GiB": "peak GiB a card"}.get(x, x) for x in HEADER)
 ROWS_HEADER = (
     "rows",
     "tokens",
@@ -67,6 +70,8 @@ def loss_differences(lines: Sequence[Result], reference: Sequence[Result] | None
     """Largest difference of the losses before the adapter moves, and of those of the first updates; [] without any."""
     if not reference or reference[0]["status"] != "done" or lines[0] is reference[0]:
         return []
+    if len({one[0]["rows_per_update"] for one in (lines, reference) if "rows_per_update" in one[0]}) > 1:
+        return []
     pairs = zip(lines[0]["losses"][:COMPARED], reference[0]["losses"], strict=False)
     differences = [abs(one - other) for one, other in pairs]
     return [max(differences[:UNMOVED]), max(differences)] if differences else []
@@ -91,12 +96,16 @@ def table(results: Sequence[Result]) -> str:
     training = speed_of(groups.get("QLoRA", {}).get("qlora", []))
     for group, runs in groups.items():
         finished = {name: lines for name, lines in runs.items() if lines[0]["status"] == "done"}
-        header, reference = HEADER, runs.get(REFERENCES.get(group, ""))
-        rows = [_row(name, lines, reference, rate) for name, lines in finished.items() if group != "rows"]
-        if group == "rows":
+        header, rows = HEADER, []
+        if group == CARDS:
+            header, rows = CARDS_HEADER, [_row(lines, _one_card(lines, runs), rate) for lines in finished.values()]
+        elif group == "rows":
             header, rows = ROWS_HEADER, [_data_row(lines[0], training) for lines in finished.values()]
         elif group in EXACT:
             header, rows = ("update", *finished), _loss_rows(finished, EXACT[group])
+        else:
+            reference = runs.get(REFERENCES.get(group, ""))
+            rows = [_row(lines, reference, rate) for lines in finished.values()]
         failed = [f"- {name}: {lines[0]['status']}" for name, lines in runs.items() if name not in finished]
         blocks.append(f"**{group}**")
         blocks.extend(["\n".join(markdown_table(header, rows))] if rows else [])
@@ -104,18 +113,24 @@ def table(results: Sequence[Result]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _row(name: str, lines: Sequence[Result], reference: Sequence[Result] | None, rate: float) -> list[str]:
+def _one_card(lines: Sequence[Result], runs: dict[str, list[Result]]) -> list[Result] | None:
+    """The run of the same model on one card."""
+    return next((of for of in runs.values() if of[0]["model"] == lines[0]["model"] and of[0]["gpus"] == 1), None)
+
+
+def _row(lines: Sequence[Result], reference: Sequence[Result] | None, rate: float) -> list[str]:
     one, speeds = lines[0], [line["tokens_per_second"] for line in lines]
-    ours = speed_of(reference) if reference else None
+    times = speed_of(reference) / median(speeds) if reference and speed_of(reference) else None
+    times = None if times is None or one is reference[0] else 1 / times if one["group"] == CARDS else times
     differences = [f"{difference:.1e}" for difference in loss_differences(lines, reference)]
-    is_reference = reference is not None and one is reference[0]
+    share = median(line["tflops"] for line in lines) / rate / one.get("gpus", 1)
     return [
-        name,
+        one["name"],
         f"{median(speeds):,.0f}",
         f"{min(speeds):,.0f} to {max(speeds):,.0f}" if len(speeds) > 1 else "-",
-        f"{ours / median(speeds):.2f}" if ours and not is_reference else "-",
+        _text(times, ".2f"),
         # A model for a CPU is so small that the share would say nothing.
-        "-" if one["device"] == "cpu" else percent(median(line["tflops"] for line in lines) / rate),
+        "-" if one["device"] == "cpu" else percent(share),
         _text(one["peak_memory_gib"], ".1f"),
         _text(one["predicted"].get("peak_memory_gib"), ".1f"),
         _text(one["token_budget"], ",d"),

@@ -59,8 +59,6 @@ def _load(
     if stage != "none":
         join_group()
         _check_offloading(model_dir, stage)
-    elif torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
-        raise UserError("several cards are visible to one process. Set CUDA_VISIBLE_DEVICES=0, or a DeepSpeed stage.")
     elif dtype == torch.float16:
         raise UserError("without DeepSpeed, weights are trained in bfloat16, which this card has not. Set a stage.")
     if norm_head:

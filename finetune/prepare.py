@@ -142,10 +142,18 @@ def check_shared_folder(output_dir: str | Path) -> None:
 
 
 def training_arguments(arguments: Arguments, dtype: str) -> "TrainingArguments":
-    """transformers' arguments, steps counted in updates. Joins the process group where there are several ranks."""
+    """transformers' arguments, steps counted in updates. Joins the process group where there are several ranks.
+
+    Raises UserError where one process sees several cards: transformers would deal a batch's rows out to them.
+    """
     import torch
     from transformers import TrainingArguments
 
+    if (cards := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"one process sees {cards} cards. `make qwen-train` and `make baichuan-train` start a process for each; to "
+            "train on one card: CUDA_VISIBLE_DEVICES=0"
+        )
     train, use_cpu = arguments.train, not torch.cuda.is_available()
     as_they_are = (
         "output_dir num_train_epochs max_steps per_device_train_batch_size learning_rate lr_scheduler_type "

@@ -339,7 +339,16 @@ class UpdateTrainer(CheckpointingTrainer):
         self._seconds_before, self._started = self.progress.seconds, time.monotonic()
         with self.stop.listening():
             self.train(resume_from_checkpoint=checkpoint)
+        self._share_peak()
         return self.stop_signal
+
+    def _share_peak(self) -> None:
+        """The peak of GPU memory of that rank which took most."""
+        self.mark_time()
+        if self.args.world_size > 1:
+            peak = torch.tensor(self.progress.peak_memory_bytes, device=self.args.device)
+            dist.all_reduce(peak, dist.ReduceOp.MAX)
+            self.progress.peak_memory_bytes = int(peak)
 
     def mark_time(self) -> None:
         """Bring progress.seconds and the peak of GPU memory up to date."""

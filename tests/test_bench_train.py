@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_train, random_model, small_terms, train_layers, train_runs
+from benchmarks import bench_train, random_model, small_terms, train_layers, train_plan, train_runs
 from benchmarks.random_model import SHAPES, build
 from benchmarks.train_rows import Workload, draw_lengths, write_rows
 from benchmarks.train_table import table
@@ -94,6 +94,14 @@ def test_the_table_compares_medians_with_ours():
     assert "Commit abc, def, 2026-01-01." in text
     assert "| padded-4 | 250 | - | 4.00 | 50.0 % | 9.5 | - | - | - | 1.0e-03 | 1.0e-01 | 3 |" in text
     assert "| qlora | 1,000 | 900 to 5,000 | - |" in text
+    common |= {"group": "cards", "model": "qwen-14b", "round": 1, "rows_per_update": 64}
+    one = common | {"name": "qlora-x1", "gpus": 1, "tokens_per_second": 1000}
+    two = common | {"name": "qlora-x2", "gpus": 2, "tokens_per_second": 1900, "tflops": 665}
+    twice = two | {"name": "qlora-x2-twice", "rows_per_update": 128}
+    text = table([line | {"git_commit": "abc"} for line in (one, two, twice)])
+    assert "| qlora-x1 | 1,000 | - | - | 50.0 % |" in text
+    assert "| qlora-x2 | 1,900 | - | 1.90 | 47.5 % | 9.5 | - | - | - | 0.0e+00 | 0.0e+00 | 3 |" in text
+    assert "| qlora-x2-twice | 1,900 | - | 1.90 | 47.5 % | 9.5 | - | - | - | - | - | 3 |" in text
 
 
 def test_layers_are_measured_in_several_ways_and_one_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
@@ -116,6 +124,25 @@ def test_float32_computes_what_ours_does(bench, tmp_path):
     assert ours["losses"] == pytest.approx(exact["losses"], abs=1e-3) and ours["losses"] != exact["losses"]
 
 
+def test_two_ranks_take_the_rows_of_one(bench, results, tmp_path):
+    """The same updates dealt out to two have the losses of one process."""
+    bench_train.main([str(bench), "--size", "tiny", "--results", str(tmp_path), "--only", "qlora-x2"])
+    (two,) = bench_train.read_results(tmp_path / "results.jsonl")
+    assert (two["status"], two["gpus"], results["qlora"]["gpus"]) == ("done", 2, 1)
+    assert two["losses"] == pytest.approx(results["qlora"]["losses"], abs=1e-5)
+
+
+def test_ranks_are_started_as_the_shipped_scripts_start_them():
+    runs = train_plan.all_runs(is_tiny=False)
+    two, zero = (" ".join(train_runs.command_of(runs[name], ["--flag"])) for name in ("qlora-x2", "zero-3-x2"))
+    assert "-m finetune.launch" in two and "torch.distributed.run --standalone --nproc_per_node 2" in two
+    assert two.endswith("-m qwen_qlora.train_qlora --flag") and "--num_gpus 2" in zero
+    assert zero.endswith("--no_local_rank --module llm_code.train --flag")
+    flags = train_plan.training_flags(runs["zero-3-x2"], "model", "rows", "output")
+    assert flags[flags.index("--per_device_train_batch_size") + 1] == "24"
+    assert (train_runs.REPOSITORY / flags[flags.index("--deepspeed") + 1]).exists()
+
+
 def test_in_float32_all_compute_the_same(bench, tmp_path):
     """Whatever is asked for: bf16 in the flags changes nothing."""
     ours, padded = "exact-qlora-14b", "exact-padded-4-14b"
@@ -134,7 +161,7 @@ def test_what_an_adapter_adds_is_told_by_projection_and_way(monkeypatch, capsys)
     small_terms.main()
     rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if "_proj" in line]
     named = [(name.strip(), way.strip()) for name, way, _ in rows]
-    ways = ("ours", "base first")
+    ways = ("ours", "adapter first", "base first")
     assert named == [(name, way) for name in ("q_proj", "o_proj", "gate_proj", "down_proj") for way in ways]
     assert all(float(share) > 0.5 for (_, way), (*_, share) in zip(named, rows, strict=True) if way == "ours")
 

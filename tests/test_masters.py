@@ -64,7 +64,7 @@ def test_what_is_done_is_not_done_again(folder: Path, monkeypatch: pytest.Monkey
 
 def test_the_masters_run_is_deepspeeds_with_the_shipped_stage_1(tmp_path: Path) -> None:
     command = " ".join(masters.command_of("masters", masters.parse([str(tmp_path)])))
-    assert "finetune.launch deepspeed --quiet --num_gpus 1" in command
+    assert "deepspeed.launcher.runner --quiet --num_gpus 1" in command
     assert f"--deepspeed {masters.STAGE_1} --save_steps 200" in command and "--bf16 true" in command
 
 

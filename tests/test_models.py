@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.arguments import parse_arguments
 from finetune.errors import UserError
 from finetune.identity import adapter_fingerprint, check_adapter, fingerprint
 from finetune.models import check_model_dir, load_for_inference, refuse_unseen_card
-from finetune.prepare import compute_dtype
+from finetune.prepare import compute_dtype, training_arguments
 from qwen_qlora.component.utils import ModelUtils
 from tests.adapters import make_adapter
 
@@ -150,3 +151,11 @@ def test_a_card_that_torch_does_not_see_is_no_reason_to_use_the_processor(tiny_q
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'no driver'; exit 9\n")
     assert compute_dtype(False) == "float32"
+
+
+def test_one_process_does_not_train_on_several_cards(monkeypatch):
+    """transformers would deal a batch's rows out to them; the launchers say which rank a process is."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="one process sees 2 cards.*make qwen-train.*CUDA_VISIBLE_DEVICES=0"):
+        training_arguments(parse_arguments(["--train_file", "rows", "--output_dir", "there"]), "bfloat16")
