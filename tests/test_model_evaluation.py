@@ -260,6 +260,20 @@ def test_answers_are_kept_until_the_metrics_are_written(tiny_qwen, questions, tm
     assert not files.partial.exists()
 
 
+def test_a_finished_result_with_other_settings_is_kept(tiny_qwen, questions, tmp_path, run):
+    files, options = ResultFiles(tmp_path / "result.csv"), ("--mode", "likelihood")
+    run(tiny_qwen, questions, files.csv, *options)
+    whole = {path.name: path.read_bytes() for path in tmp_path.glob("result*")}
+    said = run(tiny_qwen, questions, files.csv, *options, "--limit", "4").err
+    assert len(read_records(files.jsonl)) == 4
+    kept = ResultFiles(next(tmp_path.glob("result-*.csv")))
+    assert f"kept: {kept.csv}" in said
+    found = {path.name.replace(kept.csv.stem, "result"): path.read_bytes() for path in tmp_path.glob("result-*")}
+    assert found == whole and len(whole) == 4
+    with pytest.raises(UserError, match="is what this run writes"):
+        run(tiny_qwen, questions, files.csv, *options, "--compare_with", str(files.jsonl))
+
+
 def test_likelihood_of_an_adapter_and_the_limit(tiny_qwen, questions, tmp_path, run):
     adapter = make_adapter(tiny_qwen, tmp_path / "adapter")
     files = ResultFiles(tmp_path / "result.csv")

@@ -5,7 +5,8 @@
 
 Reads training rows: everything up to the last assistant turn is the prompt, that turn is the gold answer. Writes
 RESULT.csv, RESULT.jsonl, RESULT_metrics.json and RESULT_confusion.png; RESULT.partial.jsonl holds the finished batches
-of an interrupted run, which goes on where it was and ends with the same rows.
+of an interrupted run, which goes on where it was and ends with the same rows. A finished result with other settings
+(model, adapter, mode, limit, test file) is kept under a name with their hash.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.countdown import Countdown
-from finetune.errors import run_main
+from finetune.errors import UserError, run_main
 from finetune.identity import adapter_fingerprint, check_adapter, fingerprint
 from finetune.models import check_model_dir
 from finetune.paired_scores import check_comparable
@@ -31,6 +32,7 @@ from qwen_qlora.evaluation.results import (
     read_metrics,
     read_records,
     report_lines,
+    set_aside,
     summarise,
     write_metrics,
     write_records,
@@ -126,7 +128,6 @@ def compute(
     from finetune.models import load_for_inference
 
     partial = PartialResults(files.partial, config)
-    files.metrics.unlink(missing_ok=True)  # from here on the files beside it may be of different runs
     model, tokenizer = load_for_inference(
         args.model_name_or_path, args.adapter_name_or_path, args.load_in_4bit, config["dtype"]
     )
@@ -140,6 +141,7 @@ def compute(
         partial.append(number, pairs)
         countdown.advance(len(pairs))
     results = dict(pair for pairs in partial.batches.values() for pair in pairs)
+    set_aside(files)
     write_records(files, [make_record(case, results[index]) for index, case in enumerate(cases)])
     timing = {
         "rows_computed": countdown.done - countdown.first,
@@ -198,6 +200,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = run_config(args, prompts, args.token_budget or default_token_budget(device), default_dtype())
     if args.compare_with:
+        if Path(args.compare_with).resolve() == files.jsonl.resolve():
+            raise UserError(f"--compare_with {args.compare_with} is what this run writes. Name another --result_file.")
         rows, others, path = [asked(case) for case in cases], read_records(args.compare_with), Path(args.compare_with)
         check_comparable(rows, config, others, path, f"--compare_with {path}")
     done, partial = read_metrics(files), None

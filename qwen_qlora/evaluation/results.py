@@ -6,6 +6,7 @@ All files stand beside the CSV and share its name: X.csv, X.jsonl, X_metrics.jso
 import csv
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,20 @@ def write_records(files: ResultFiles, records: Sequence[Record]) -> None:
     write_aside(files.csv, text.getvalue(), encoding="utf-8-sig")
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_aside(files.jsonl, "".join(lines))
+
+
+def set_aside(files: ResultFiles) -> None:
+    """Rename a finished result that another one is about to replace: X.csv becomes X-HASH.csv, HASH its settings'."""
+    done = read_metrics(files)
+    if done is None:
+        files.metrics.unlink(missing_ok=True)  # of an unfinished change: it would not belong to what is written now
+        return
+    kept = ResultFiles(files.csv.with_name(f"{files.csv.stem}-{done['config_hash'][:8]}.csv"))
+    # The metrics first: without them what is left counts as unfinished.
+    for name in ("metrics", "csv", "jsonl", "confusion"):
+        if getattr(files, name).exists():
+            getattr(files, name).replace(getattr(kept, name))
+    print(f"kept: {kept.csv}, a result with other settings that stood in {files.csv}", file=sys.stderr)
 
 
 def write_metrics(files: ResultFiles, metrics: dict[str, Any]) -> None:
