@@ -171,6 +171,12 @@ def test_errors_in_one_line(service, tmp_path):
         assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize("flag", ["--question", "--system"])
+def test_words_of_a_terminal_in_gbk_are_refused(service, flag):
+    done = client(service, flag, os.fsdecode("你好".encode("gbk")))
+    assert done.returncode == 2 and "expected text in UTF-8" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_bad_lines_of_a_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     no_conversations = ("[]", "5", '"x"', "[1]", '[{"role": "user"}]', '[{"role": "user", "content": null}]')

@@ -27,15 +27,26 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 
 
+def utf8(text: str) -> str:
+    """A word of the command line; refused when its bytes are no UTF-8, as from a terminal set to GBK."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = text.encode(errors="surrogateescape").decode(errors="replace")
+        said = f"expected text in UTF-8, got {shown!r}. Set the terminal to UTF-8."
+        raise argparse.ArgumentTypeError(said) from None
+    return text
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:10820", help="the service (default: %(default)s)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--question", help="ask this and print the answer")
+    what.add_argument("--question", type=utf8, help="ask this and print the answer")
     what.add_argument("--file", type=Path, help="ask every line of this file")
     parser.add_argument("--output", type=Path, help="where the answers to --file go (default: stdout)")
     parser.add_argument("--concurrency", type=int, default=8, help="questions of --file under way at a time (8)")
-    parser.add_argument("--system", help="what the model is told before everything else")
+    parser.add_argument("--system", type=utf8, help="what the model is told before everything else")
     parser.add_argument("--max_tokens", type=int, help="limit of an answer (default: the service's)")
     parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds to retry a busy service (120)")
