@@ -1,13 +1,16 @@
 """What a LoRA adapter does to each weight of its base model, exactly, or a refusal with the reason.
 
 W' = W + s B A, with s = alpha / r (alpha / sqrt(r) for rsLoRA); DoRA: W' = m (W + s B A) / ||W + s B A|| row by row.
-Layers trained as a whole (modules_to_save, biases) replace the base's. Computed in fp32, rounded once.
+Layers trained as a whole (modules_to_save, biases) replace the base's. Computed in fp32, rounded once, at random: most
+of what a short training changes is below half the distance between a weight and the next 16-bit number, and rounding to
+the nearest would lose it (benchmarks/results/small_terms.md). The random numbers hang on the tensor's name alone.
 """
 
 import math
 import re
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from finetune.errors import UserError
 from finetune.identity import ADAPTER_WEIGHTS, LORA_PREFIX, read_adapter_config
@@ -29,6 +32,7 @@ KNOWN = {
     *("rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
 # initialisations that leave the base model as it is; the others (PiSSA, OLoRA, ...) take their part out of it
+ROWS_AT_ONCE = 256
 PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -114,4 +118,17 @@ class LoraWeights:
                 if magnitude := keys.get("lora_magnitude_vector"):
                     size = tensors.get_tensor(magnitude).float()
                     changed *= (size / torch.linalg.norm(changed, dim=1))[:, None]
-        return changed.to(weight.dtype)
+        return _rounded(changed.float(), weight.dtype, name)
+
+
+def _rounded(changed: Any, dtype: Any, name: str) -> Any:
+    """fp32 to `dtype`, a few rows at a time, so that memory holds one such tensor."""
+    import torch
+
+    from finetune.rounding import copy_stochastic_
+
+    generator = torch.Generator().manual_seed(crc32(name.encode()))
+    target = torch.empty(changed.shape, dtype=dtype)
+    for rows, values in zip(target.split(ROWS_AT_ONCE), changed.split(ROWS_AT_ONCE), strict=True):
+        copy_stochastic_(rows, values, generator)
+    return target

@@ -95,8 +95,9 @@ def load_for_inference(
 ) -> tuple[Any, Any]:
     """(model, tokenizer), in evaluation mode, on the first visible GPU or the CPU.
 
-    `dtype` (bfloat16, float16, float32) defaults to default_dtype(). An adapter stays beside its base and is not merged
-    into it. Raises UserError on a missing folder, an unconverted checkpoint, or an adapter of another base model.
+    `dtype` (bfloat16, float16, float32) defaults to default_dtype(). An adapter stays beside its base and is not
+    merged into it; in 16 bits its terms are added as in training, before an output is rounded. Raises UserError on
+    a missing folder, an unconverted checkpoint, or an adapter of another base model.
     """
     folder = check_model_dir(model_name_or_path)
     if adapter_name_or_path is not None:
@@ -119,4 +120,8 @@ def load_for_inference(
         with warnings.catch_warnings():  # of peft's own use of a name that transformers renamed
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             model = PeftModel.from_pretrained(model, str(adapter_name_or_path))
+        if dtype != "float32":
+            from finetune.projection import fuse_for_inference
+
+            fuse_for_inference(model)
     return model.eval(), load_tokenizer(folder)

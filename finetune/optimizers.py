@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.rounding import copy_stochastic_
+
 MAX_ELEMENTS = 1 << 18  # of 32-bit copies at a time, where there is no kernel: they fit in a core's cache
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive steps over the seeds
 
@@ -101,20 +103,6 @@ def _update_in_pieces(
         wide_weight = weight.float().mul_(keep).addcdiv_(wide_mean, denominator, value=-rate)
         for target, wide in ((mean, wide_mean), (square, wide_square), (weight, wide_weight)):
             copy_stochastic_(target, wide, generator)
-
-
-def copy_stochastic_(target: Tensor, source: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Copy fp32 `source` into `target`; a bfloat16 target is rounded up or down at random, right in expectation.
-
-    bfloat16 is the upper half of fp32: 16 random bits are added to the lower half, which is then cut off. Infinities
-    stay, NaN stays NaN.
-    """
-    if target.dtype != torch.bfloat16:
-        return target.copy_(source)
-    bits = source.view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
-    rounded = ((bits + noise) & -65536).view(torch.float32)
-    return target.copy_(torch.where(source.isfinite(), rounded, source))
 
 
 @lru_cache(maxsize=1)

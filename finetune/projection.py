@@ -38,9 +38,9 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def fuse_projections(model: "PeftModel", fp8_backward: bool = False) -> int:
     """Give every LoRA projection over a frozen linear layer the fused path; returns how many have it.
 
-    Passes without gradients (generation, evaluation), several adapters, merged or disabled ones run peft's code as
-    before. Layers of another kind keep it altogether, which one notice in the log says. `fp8_backward`: the backward
-    products with 4-bit weights run in 8-bit floating point (finetune.frozen).
+    Several adapters, merged or disabled ones run peft's code as before. Layers of another kind keep it altogether,
+    which one notice in the log says. `fp8_backward`: the backward products with 4-bit weights run in 8-bit floating
+    point (finetune.frozen).
     """
     from peft.tuners.lora import LoraLayer
 
@@ -109,8 +109,7 @@ class SharedInput:
 
     def __call__(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of a member, shaped and typed as peft's."""
-        is_plain = bool(args) or any(value is not None for value in kwargs.values())
-        if is_plain or not torch.is_grad_enabled() or not x.numel() or not _active_adapter(module):
+        if _is_special(module, x, args, kwargs):
             return module._peft_forward(x, *args, **kwargs)
         if x is not self._input or module not in self._waiting:
             alone = x is self._input
@@ -126,19 +125,53 @@ class SharedInput:
 
     def _outputs(self, members: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         self._waiting.clear()
-        frozen = [self._frozen[member] for member in members]
-        names = [_active_adapter(member) for member in members]
-        pairs = list(zip(members, names, strict=True))
-        drop = members[0].lora_dropout[names[0]]
-        matrices = [member.lora_A[name].weight for member, name in pairs]
-        group = Group(
-            frozen,
-            [member.scaling[name] for member, name in pairs],
-            drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0,
-        )
-        dtype = _compute_dtype(frozen[0].base, x)
-        matrices += [member.lora_B[name].weight for member, name in pairs]
-        return [output.to(x.dtype) for output in Projections.apply(x.to(dtype), group, *matrices)]
+        return _outputs(members, [self._frozen[member] for member in members], x)
+
+
+def fuse_for_inference(model: "PeftModel") -> int:
+    """Give every LoRA projection over a linear layer the output that it had in training; returns how many have it.
+
+    In 16 bits peft adds the adapter's term to an output that is already rounded, where a small one is lost: with B
+    moved by 0.001 half of what was learned (benchmarks/results/small_terms.md). Keeps no state between calls.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    count = 0
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not _why_not(module) and (name := _active_adapter(module)):
+            frozen = Frozen(module.get_base_layer())
+            frozen.keep_widened(module.lora_B[name].weight.detach())
+            module._peft_forward, module.forward = module.forward, partial(_alone, module, frozen)
+            count += 1
+    return count
+
+
+def _alone(module: nn.Module, frozen: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if _is_special(module, x, args, kwargs):
+        return module._peft_forward(x, *args, **kwargs)
+    return _outputs([module], [frozen], x)[0]
+
+
+def _is_special(module: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether peft must compute this call: other arguments, no rows, or not just one adapter beside the base."""
+    has_more = bool(args) or any(value is not None for value in kwargs.values())
+    return has_more or not x.numel() or not _active_adapter(module)
+
+
+def _outputs(members: Sequence[nn.Module], frozen: Sequence[Frozen], x: Tensor) -> list[Tensor]:
+    """What each member makes of x, in x's dtype."""
+    names = [_active_adapter(member) for member in members]
+    pairs = list(zip(members, names, strict=True))
+    drop = members[0].lora_dropout[names[0]]
+    matrices = [member.lora_A[name].weight for member, name in pairs]
+    group = Group(
+        frozen,
+        [member.scaling[name] for member, name in pairs],
+        drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0,
+    )
+    dtype = _compute_dtype(frozen[0].base, x)
+    matrices += [member.lora_B[name].weight for member, name in pairs]
+    return [output.to(x.dtype) for output in Projections.apply(x.to(dtype), group, *matrices)]
 
 
 def _active_adapter(module: nn.Module) -> str | None:

@@ -159,3 +159,43 @@ def test_one_process_does_not_train_on_several_cards(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="one process sees 2 cards.*make qwen-train.*CUDA_VISIBLE_DEVICES=0"):
         training_arguments(parse_arguments(["--train_file", "rows", "--output_dir", "there"]), "bfloat16")
+
+
+def kept_share(layer, spread):
+    """How much of an adapter's term, `spread` of the base's output, comes through a projection in bfloat16."""
+    x = torch.randn(2000, layer.in_features, dtype=torch.bfloat16)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    term = layer.scaling["default"] * (x.float() @ a.float().T) @ b.float().T
+    with torch.inference_mode():
+        change = layer(x).float() - layer.get_base_layer()(x).float()
+        size = layer.get_base_layer()(x).float().std()
+    assert term.std() < spread * size, (term.std(), size)
+    return ((change * term).sum() / term.square().sum()).item()
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_an_adapters_small_terms_are_kept(tiny_qwen, tmp_path, load_in_4bit):
+    """In 16 bits peft adds them to rounded outputs; what the layer gives here is what it gave in training."""
+    adapter = make_adapter(tiny_qwen, tmp_path / "adapter", spread=5e-5)
+    model, _ = load_for_inference(tiny_qwen, adapter, load_in_4bit, dtype="bfloat16")
+    layer = model.base_model.model.model.layers[1].mlp.gate_proj
+    torch.manual_seed(0)
+    assert kept_share(layer, 2e-3) == pytest.approx(1, abs=0.1)
+    layer.forward = layer._peft_forward
+    assert kept_share(layer, 2e-3) < 0.5
+
+
+def test_an_adapter_in_16_bits_can_be_switched_off_and_merged(tiny_qwen, tmp_path):
+    adapter = make_adapter(tiny_qwen, tmp_path / "adapter")
+    model, _ = load_for_inference(tiny_qwen, adapter, dtype="bfloat16")
+    ids = torch.arange(30)[None]
+    with torch.inference_mode():
+        adapted, base = (
+            model(input_ids=ids).logits,
+            load_for_inference(tiny_qwen, dtype="bfloat16")[0](input_ids=ids).logits,
+        )
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, base)
+        assert torch.equal(model(input_ids=ids).logits, adapted) and not torch.equal(adapted, base)
+        merged = model.merge_and_unload()(input_ids=ids).logits
+    assert (merged - adapted).float().std() < 0.1 * (adapted - base).float().std()

@@ -164,6 +164,16 @@ def test_terms_below_the_last_place_are_kept(has_bias):
     assert share == pytest.approx(1, abs=0.15) and lost < 0.1
 
 
+def test_evaluation_computes_what_training_does(quantised):
+    """Without gradients too: with peft's sum an evaluation would lose the terms that training had."""
+    model = adapted(quantised).train()
+    fuse_projections(model)
+    batch = collate(random_samples(LENGTHS))
+    loss = model(**batch).loss.item()
+    with torch.no_grad():
+        assert model(**batch).loss.item() == loss
+
+
 def test_projections_of_one_input_equal_the_formula_each():
     """Different widths, ranks, scalings and biases; one output's gradient is missing."""
     torch.manual_seed(0)
