@@ -21,6 +21,7 @@ from finetune.nf4 import dense_weight, is_4bit
 from finetune.optional import kernels
 
 FP8_LARGEST = 448.0  # of float8_e4m3
+FEW_ROWS = 8  # bitsandbytes 0.50, _gemm_4bit_use_custom_cuda for float32
 
 
 def check_fp8(device: torch.device) -> None:
@@ -66,6 +67,16 @@ class Frozen:
         weight_OK = self._widened_weight(b_OR, wide_TK) if self.kept_OK is None else self.kept_OK
         bias = self.base.bias
         return functional.linear(wide_TK, weight_OK, None if bias is None else bias.to(wide_TK.dtype))
+
+    def few_rows(self, x_TI: Tensor) -> Tensor:
+        """x W^T + bias in float32, unrounded, for x in float32 and a 4-bit weight.
+
+        Below FEW_ROWS rows bitsandbytes multiplies by the 4 bits themselves: an eighth of a dense weight's traffic.
+        """
+        from bitsandbytes import matmul_4bit
+
+        output_TO = matmul_4bit(x_TI, self.base.weight, quant_state=self.base.weight.quant_state)
+        return output_TO if self.base.bias is None else output_TO + self.base.bias
 
     def _widened_weight(self, b_OR: Tensor, wide_TK: Tensor) -> Tensor:
         """(O, K): W, B, zeros; of the dtype and width of `wide_TK`."""

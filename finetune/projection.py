@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finetune.dropout import draw_seed, dropout
-from finetune.frozen import Frozen, fp8_input_gradient, widened
+from finetune.frozen import FEW_ROWS, Frozen, fp8_input_gradient, widened
 from finetune.nf4 import is_4bit, keep_layout
 from finetune.recipes import split_recipe
 
@@ -149,7 +149,19 @@ def fuse_for_inference(model: "PeftModel") -> int:
 def _alone(module: nn.Module, frozen: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if _is_special(module, x, args, kwargs):
         return module._peft_forward(x, *args, **kwargs)
+    if is_4bit(frozen.base) and not module.training and x.numel() < FEW_ROWS * x.shape[-1]:
+        return _few_rows(module, frozen, x)
     return _outputs([module], [frozen], x)[0]
+
+
+def _few_rows(module: nn.Module, frozen: Frozen, x: Tensor) -> Tensor:
+    """A step of decoding: summed in float32, rounded once."""
+    name = _active_adapter(module)
+    x_TI = x.reshape(-1, x.shape[-1]).float()
+    low_TR = x_TI @ module.lora_A[name].weight.float().T
+    term_TO = low_TR @ module.lora_B[name].weight.float().T
+    output_TO = frozen.few_rows(x_TI) + module.scaling[name] * term_TO
+    return output_TO.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def _is_special(module: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
