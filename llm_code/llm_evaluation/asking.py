@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,23 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
 def place_beside(standing: dict[str, Any] | None, config: dict[str, Any]) -> str:
     """Name of the folder for a run that must not replace the one that stands there, empty where it may.
 
-    It may replace a run with the same settings; one of all questions may also replace a run of some.
+    It may take the place of a run with the same settings, of other weights; one of all questions also that of some. A
+    finished one whose place is taken is kept under another name (set_aside).
     """
     if standing is None or settings_of(standing) == settings_of(config):
         return ""
     if standing.get("limit") and not config.get("limit"):
         return ""
     return "_".join(f"{key}_{value}" for key, value in settings_of(config).items())
+
+
+def set_aside(moves: Iterable[tuple[Path, Path]], kept: Path) -> None:
+    """Rename the files of a finished result, of other weights, that a new one is about to replace."""
+    for path, place in moves:
+        if path.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
+    print(f"kept: {kept}, the result of other weights or settings that stood there", file=sys.stderr)
 
 
 def may_reuse(config: dict[str, Any]) -> bool:

@@ -31,6 +31,7 @@ from llm_code.llm_evaluation.asking import (
     make_answerer,
     may_reuse,
     place_beside,
+    set_aside,
     standing_config,
 )
 from llm_code.llm_evaluation.bleu_files import (
@@ -79,15 +80,28 @@ def answer_questions(args: argparse.Namespace, others: list[dict[str, Any]] | No
     record = args.input_file.with_name(args.input_file.name + ".json")
     if is_answered(args.input_file, record, config):
         return print(f"already answered: {args.input_file}")
-    record.unlink(missing_ok=True)
     partial_path = args.input_file.with_name(args.input_file.name + ".partial.jsonl")
     texts, timing, partial = collect(answerer, prompts, partial_path, config)
+    clear_place(args.input_file, record, ScoreFiles(args.save_file))
     write_aside(args.input_file, answers_text(questions, texts))
     model = args.adapter_name_or_path or args.model_name_or_path or config["model"]
     about = {"model": model, "git_commit": git_commit(Path(__file__).parent), "timing": timing}
     about |= {"answers": sha256_of(args.input_file), "config": config, "config_hash": config_hash(config)}
     write_aside(record, json.dumps(about, ensure_ascii=False, indent=2) + "\n")
     partial.remove()
+
+
+def clear_place(answers: Path, record: Path, scores: ScoreFiles) -> None:
+    """Make room for new answers: finished ones and their scores are kept under names with their settings' hash."""
+    about = read_record(answers, record)
+    if about is None:
+        return record.unlink(missing_ok=True)
+    tag = f"-{about['config_hash'][:8]}"
+    kept = answers.with_name(f"{answers.stem}{tag}{answers.suffix}")
+    moves = [(record, kept.with_name(kept.name + ".json")), (answers, kept)]
+    for path in (scores.summary, scores.scored, scores.records, scores.picture):
+        moves.append((path, path.with_name(f"{path.stem}{tag}{path.suffix}")))
+    set_aside(moves, kept)
 
 
 def set_places(args: argparse.Namespace, config: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from llm_code.llm_evaluation.asking import (
     make_answerer,
     may_reuse,
     place_beside,
+    set_aside,
     standing_config,
 )
 from llm_code.llm_evaluation.mmcu_data import (
@@ -103,12 +104,21 @@ def folder_of(save_dir: Path, config: dict[str, Any]) -> Path:
     return save_dir / name
 
 
-def remove_report(save_dir: Path) -> None:
-    """What says that a run is complete, and its subject files: the next run may be of fewer subjects."""
-    (save_dir / "report.json").unlink(missing_ok=True)
-    records = read_answers(save_dir) if (save_dir / "answers.jsonl").exists() else []
-    for subject in by_subject(records):
-        (save_dir / subject).unlink(missing_ok=True)
+def clear_place(save_dir: Path) -> None:
+    """Make room for new results: a finished run's become SAVE_DIR-HASH, those of an unfinished one are removed.
+
+    Its report goes first, since it says that the others are complete, its subject files too: the next run may be of
+    fewer subjects.
+    """
+    report, answers = save_dir / "report.json", save_dir / "answers.jsonl"
+    subjects = list(by_subject(read_answers(save_dir))) if answers.exists() else []
+    if report.exists() and answers.exists():
+        done = json.loads(report.read_text(encoding="utf-8"))
+        kept = save_dir.with_name(f"{save_dir.name}-{done['config_hash'][:8]}")
+        names = ["report.json", "report.txt", "report.md", "report.png", *subjects, "answers.jsonl"]
+        return set_aside([(save_dir / name, kept / name) for name in names], kept)
+    for name in ("report.json", *subjects):
+        (save_dir / name).unlink(missing_ok=True)
 
 
 def ask(
@@ -118,7 +128,6 @@ def ask(
 
     The caller removes that file when the report is written.
     """
-    remove_report(args.save_dir)
     unique = list({p.text: p for mode in MODES for p in prompts[mode]}.values())  # most questions ask the same twice
     texts, timing, partial = collect(answerer, unique, args.save_dir / "partial.jsonl", config)
     answers = {p.text: text for p, text in zip(unique, texts, strict=True)}
@@ -126,6 +135,7 @@ def ask(
         make_record(question, answers[official.text], answers[strict.text])
         for question, official, strict in zip(questions, prompts["official"], prompts["strict"], strict=True)
     ]
+    clear_place(args.save_dir)
     write_aside(args.save_dir / "answers.jsonl", "".join(canonical_line(record) for record in records))
     for subject, part in by_subject(records).items():  # after the records, which say what to remove
         write_aside(args.save_dir / subject, subject_file(part))
