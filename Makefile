@@ -3,6 +3,11 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
+# A mistyped name on the command line is refused: make itself takes any, and would start without it.
+given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+mistyped := $(if $(given),$(shell python3 scripts/settings.py names $(given)))
+$(if $(mistyped),$(error $(mistyped)))
+
 # Settings: .env and the defaults of .env.example, checked. The command line and the environment win over both.
 # The targets that need none are spared the check: a broken .env must not keep anyone from stopping a step.
 WITHOUT_SETTINGS := help quickstart doctor test lint gpu gpu-watch status logs stop

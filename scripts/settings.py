@@ -3,6 +3,7 @@
     python3 scripts/settings.py make      # lines for the Makefile: export KEY ?= value
     python3 scripts/settings.py shell     # lines for a launch script: export KEY=value
     python3 scripts/settings.py config    # every value and where it came from, secrets masked
+    python3 scripts/settings.py names LIMT ...      # is one of make's variables a mistyped one? Says which, or nothing
 
 Precedence: command line > environment > `.env` > default. `.env.example` is the list of keys, their meanings and
 defaults. A value there that starts with / is a place on one machine: an example, never a default.
@@ -22,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KEY, ALLOWED = "[A-Z][A-Z0-9_]*", "A-Za-z0-9_./:@,+=%-"
 LINE = re.compile(f"({KEY})=([{ALLOWED}]*)")
 SECRET = re.compile(r"(TOKEN|KEY)$")
+# What make's command line takes besides the settings.
+MAKE_WORDS = "ARGS BG DRY_RUN FILE FOLLOW GPU GPUS LIMIT NET QUESTION STEP TIMEOUT".split()
 
 
 class SettingsError(ValueError):
@@ -131,6 +134,18 @@ def shell_lines() -> str:
     return "".join(lines)
 
 
+def mistyped(names: list[str]) -> str:
+    """What to write in place of the first name that looks like a known one but is none; empty where none does.
+
+    Make takes any name, so `LIMT=500` would ask all questions. Names that look like nothing here (HTTPS_PROXY) pass.
+    """
+    known = [*read_example(), *MAKE_WORDS]
+    for name in names:
+        if name not in known and (close := difflib.get_close_matches(name.upper(), known, 1, cutoff=0.8)):
+            return f"{name} on the command line is no setting: perhaps {close[0]} is meant\n"
+    return ""
+
+
 def config_lines(origins: dict[str, str]) -> str:
     """One line a key: value and origin. `origins` is what make knows: KEY -> command line, environment, file."""
     from_file, values = read_env(), resolve()
@@ -147,12 +162,16 @@ def config_lines(origins: dict[str, str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("form", choices=["make", "shell", "config"])
-    parser.add_argument("origins", nargs="*", metavar="KEY=ORIGIN", help="for config: where make has the key from")
+    parser.add_argument("form", choices=["make", "shell", "config", "names"])
+    parser.add_argument(
+        "words", nargs="*", help="for config: KEY=ORIGIN, where make has the key from; for names: names"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.form == "config":
-            text = config_lines(dict(origin.split("=", 1) for origin in arguments.origins))
+            text = config_lines(dict(origin.split("=", 1) for origin in arguments.words))
+        elif arguments.form == "names":
+            text = mistyped(arguments.words)
         else:
             text = make_lines() if arguments.form == "make" else shell_lines()
     except SettingsError as error:

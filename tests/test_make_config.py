@@ -146,6 +146,20 @@ def test_a_changed_and_a_removed_env_are_noticed(checkout, make):
     assert "SOURCE modelscope default" in " ".join(make("config").stdout.split())
 
 
+@pytest.mark.parametrize(
+    "word, meant",
+    [("DRYRUN=1", "DRY_RUN"), ("LIMT=500", "LIMIT"), ("QWEN_MODLE_DIR=/m", "QWEN_MODEL_DIR"), ("gpu=A40", "GPU")],
+)
+def test_a_mistyped_name_on_the_command_line_starts_nothing(make, word, meant):
+    done = make("qwen-train", word, environment=PLACES)
+    expected = f"{word.partition('=')[0]} on the command line is no setting: perhaps {meant} is meant"
+    assert done.returncode == 2 and expected in done.stderr and not done.stdout
+
+
+def test_names_that_look_like_no_setting_pass(make):
+    assert make("help", "HTTPS_PROXY=http://127.0.0.1:1", "OMP_NUM_THREADS=2").returncode == 0
+
+
 def test_an_unknown_evaluation_model_is_refused(make):
     done = make("qwen-eval", "QWEN_EVAL_MODEL=lora", "DRY_RUN=1", environment=PLACES)
     assert done.returncode == 2 and "QWEN_EVAL_MODEL must be base, adapter or merged, got: lora" in done.stderr
