@@ -11,8 +11,25 @@ settings="$(python3 scripts/settings.py shell)"
 eval "$settings"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
+refuse() { echo "error: $1" >&2 && exit 2; }
+
+# Every number in BAICHUAN_GPUS is that of a card of this machine, where it has any that nvidia-smi sees.
+check_cards() {
+  local cards number
+  cards="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)"
+  ((cards)) || return 0
+  for number in ${gpus//,/ }; do
+    [[ "$number" =~ ^[0-9]+$ ]] && ((number < cards)) && continue
+    refuse "BAICHUAN_GPUS=$gpus names card $number, this machine has $cards, counted from 0: set BAICHUAN_GPUS=$(seq -s , 0 $((cards - 1)))"
+  done
+}
+
 gpus="${BAICHUAN_GPUS:-0,1}" port="${MASTER_PORT:-65224}" stage="${DEEPSPEED_STAGE:-auto}"
 count="$(tr ',' '\n' <<<"$gpus" | grep -c .)"
+[[ " auto none 1 2 3 2-offload 3-offload " == *" $stage "* ]] ||
+  refuse "DEEPSPEED_STAGE must be auto, none, 1, 2, 3, 2-offload or 3-offload, got: $stage"
+[[ -n "${HOSTFILE:-}" ]] || check_cards
+[[ -z "${HOSTFILE:-}" || -r "$HOSTFILE" ]] || refuse "HOSTFILE=$HOSTFILE: expected a list of machines, found no readable file"
 [[ -z "${HOSTFILE:-}" ]] || count="$(awk -F 'slots=' '!/^#/ {n += $2} END {print n + 0}' "$HOSTFILE")"
 flags=(--train_args_file "${BAICHUAN_TRAIN_CONFIG:-llm_code/training_config/baichuan2_config.json}")
 [[ -z "${BAICHUAN_MODEL_DIR:-}" ]] || flags+=(--model_name_or_path "$BAICHUAN_MODEL_DIR")
@@ -23,7 +40,7 @@ python="${ENVS_DIR:?set it in .env}/llm_env/bin/python"
 [[ "$stage" != auto ]] || stage="$(CUDA_VISIBLE_DEVICES="$gpus" "$python" -m llm_code.choose_stage --num_gpus "$count" "${flags[@]}" "$@")"
 
 if [[ "$stage" == none ]]; then
-  [[ "$count" == 1 ]] || { echo "error: DEEPSPEED_STAGE=none is for one card, BAICHUAN_GPUS names $count: $gpus" >&2 && exit 2; }
+  [[ "$count" == 1 ]] || refuse "DEEPSPEED_STAGE=none is for one card, BAICHUAN_GPUS names $count: $gpus"
   export CUDA_VISIBLE_DEVICES="$gpus"
   launcher=(python -m llm_code.train)
 else

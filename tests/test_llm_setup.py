@@ -123,7 +123,9 @@ def launch(folder: Path, cards: int, *flags: str, **settings: str) -> subprocess
     programs.mkdir(parents=True, exist_ok=True)
     if cards:
         lines = "".join("NVIDIA A100-SXM4-80GB, 81920\\n" for _ in range(cards))
-        (programs / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+        listed = "".join(f"GPU {number}: NVIDIA A100-SXM4-80GB\\n" for number in range(cards))
+        body = f"case $1 in --list-gpus) printf '{listed}' ;; *) printf '{lines}' ;; esac"
+        (programs / "nvidia-smi").write_text(f"#!/bin/sh\n{body}\n")
         (programs / "nvidia-smi").chmod(0o755)
     (programs / "python3").unlink(missing_ok=True)
     (programs / "python3").symlink_to(sys.executable)
@@ -152,6 +154,25 @@ def test_paths_become_flags_and_the_persons_flags_come_last(tmp_path: Path) -> N
 def test_none_is_for_one_card(tmp_path: Path) -> None:
     result = launch(tmp_path, 2, BAICHUAN_GPUS="0,1", DEEPSPEED_STAGE="none")
     assert result.returncode == 2 and "DEEPSPEED_STAGE=none is for one card, BAICHUAN_GPUS names 2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "cards, settings, expected",
+    [
+        (
+            1,
+            {"BAICHUAN_GPUS": "0,1"},
+            "BAICHUAN_GPUS=0,1 names card 1, this machine has 1, counted from 0: set BAICHUAN_GPUS=0",
+        ),
+        (2, {"BAICHUAN_GPUS": "1,2"}, "names card 2, this machine has 2, counted from 0: set BAICHUAN_GPUS=0,1"),
+        (2, {"BAICHUAN_GPUS": "0,a"}, "names card a"),
+        (1, {"BAICHUAN_GPUS": "0", "DEEPSPEED_STAGE": "4"}, "DEEPSPEED_STAGE must be auto, none, 1, 2, 3"),
+        (1, {"HOSTFILE": "/nowhere/hosts"}, "HOSTFILE=/nowhere/hosts: expected a list of machines"),
+    ],
+)
+def test_what_cannot_be_started_is_refused_in_a_line(tmp_path: Path, cards: int, settings: dict, expected: str) -> None:
+    result = launch(tmp_path, cards, **settings)
+    assert result.returncode == 2 and expected in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_a_hostfile_goes_to_every_machine(tmp_path: Path) -> None:
