@@ -12,8 +12,9 @@ import os
 import shutil
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Tuple
+from typing import NamedTuple, Tuple
 from urllib.parse import urlparse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,13 +25,54 @@ from scripts.environment import MARKER, OLDEST_DRIVER, files_of, is_current, is_
 from scripts.nvidia import Card, cuda_version, find_cards, none_found  # noqa: E402
 from scripts.package_install import EnvironmentFailed, choose_manager, find_python  # noqa: E402
 
-# What the steps write below each setting, in GB (10^9 bytes), for Qwen-14B-Chat: its 14.17e9 parameters in 16 bits are
-# 28.3 GB, once as downloaded, once converted, once merged; a rank-64 adapter has 0.249e9 parameters, and a checkpoint
-# holds them and Adam's two moments in 32 bits (3.0 GB), two at a time while one replaces the other; final/ has 1.0 GB.
-DISK_GB = {"BASE_MODEL_DIR": 28.3, "QWEN_MODEL_DIR": 28.3, "QWEN_OUTPUT_DIR": 7.0, "QWEN_MERGED_DIR": 28.3}
-# The same for Baichuan2-7B-Chat: 7.51e9 parameters are 15 GB, as downloaded and converted; a checkpoint of full
-# training has at most 16 bytes a parameter (120.1 GB; 45 GB without DeepSpeed), two at a time; final/ has 15 GB.
-BAICHUAN_DISK_GB = {"BAICHUAN_MODEL_DIR": 30.0, "BAICHUAN_OUTPUT_DIR": 255.2}
+
+@dataclass(frozen=True)
+class Project:
+    """What one project writes, in GB (10^9 bytes)."""
+
+    what: str
+    model_id: str  # the settings that name the base model on the hub, and the place of its converted form
+    model_dir: str
+    model_gb: float  # as downloaded, and again as converted
+    largest_file_gb: float  # of the download
+    outputs_gb: dict[str, float]  # by setting: what training and merge write
+    environments: tuple[str, ...]
+
+
+class Need(NamedTuple):
+    """GB still to be written at one place: what stays, what is removed before the training, what that and merge add."""
+
+    stays: float = 0
+    passes: float = 0
+    later: float = 0
+
+
+# Qwen-14B-Chat: its 14.17e9 parameters in 16 bits are 28.3 GB (in 15 files of about 2 GB), once as downloaded, once
+# converted, once merged; a rank-64 adapter has 0.249e9 parameters, and a checkpoint holds them and Adam's two moments
+# in 32 bits (3.0 GB), two at a time while one replaces the other; final/ has 1.0 GB.
+QWEN = Project(
+    "Qwen-14B-Chat",
+    "QWEN_MODEL_ID",
+    "QWEN_MODEL_DIR",
+    28.3,
+    2.1,
+    {"QWEN_OUTPUT_DIR": 7.0, "QWEN_MERGED_DIR": 28.3},
+    ("modelscope_env", "qwen_env"),
+)
+# Baichuan2-7B-Chat: 7.51e9 parameters are 15 GB (counted as one file), as downloaded and converted; a checkpoint of
+# full training has at most 16 bytes a parameter (120.1 GB; 45 GB without DeepSpeed), two at a time; final/ has 15 GB.
+BAICHUAN = Project(
+    "project 2, Baichuan2-7B-Chat,",
+    "BAICHUAN_MODEL_ID",
+    "BAICHUAN_MODEL_DIR",
+    15.0,
+    15.0,
+    {"BAICHUAN_OUTPUT_DIR": 255.2},
+    ("modelscope_env", "llm_env"),
+)
+# One environment: torch 2.13 with CUDA's libraries and triton is 4.8 GB once installed, without them 0.8; all the other
+# packages of env/lock.txt together are 1.4 (measured with du).
+ENVIRONMENT_GB, PROCESSOR_ENVIRONMENT_GB = 6.0, 2.2
 # Conversion and merge hold less than this.
 MEMORY_GB = 6
 USED_AFTER_TRAINING = {"QWEN_OUTPUT_DIR": "QWEN_ADAPTER_DIR", "BAICHUAN_OUTPUT_DIR": "LLM_MODULE_MODEL_PATH"}
@@ -69,6 +111,7 @@ def check_cards() -> list[Finding]:
         text = f"{card.index}: {card.name}, {gib:.0f} GiB, driver {card.driver}"
         hint = "" if gib >= 40 else f"; the walkthrough has 48 GB: make qwen-plan tells what fits into {gib:.0f} GiB"
         found.append(("warn" if hint else "ok", "card", text + hint))
+    found += check_visible_cards(cards) + check_baichuan_cards(cards)
     found.append(("ok", "driver", f"{cards[0].driver}, CUDA {cuda_version()}"))
     if int(cards[0].driver.split(".")[0]) < OLDEST_DRIVER and not os.environ.get("TORCH_INDEX_URL"):
         text = f"{cards[0].driver} is older than {OLDEST_DRIVER}: set TORCH_INDEX_URL to PyTorch's cu126 wheel index"
@@ -77,6 +120,55 @@ def check_cards() -> list[Finding]:
         text = "TORCH_INDEX_URL names wheels for the processor, which do not see the card: empty it, then make the"
         found.append(("FAIL", "torch", f"{text} environments again"))
     return found
+
+
+def check_visible_cards(cards: list[Card]) -> list[Finding]:
+    """Whether CUDA_VISIBLE_DEVICES names cards that are here, and leaves none of those paid for unused."""
+    key = "CUDA_VISIBLE_DEVICES"
+    named = _numbers_in(key)
+    if named is None:
+        return []
+    text = _absent_cards(key, named, cards)
+    if text:
+        return [("FAIL", "card", text)]
+    unused = [card for card in cards if card.index not in named]
+    if not unused:
+        return []
+    text = f"{key}={os.environ[key]} leaves {len(unused)} of {len(cards)} cards unused by qwen-train"
+    return [("warn", "card", f"{text}: to use all of them, leave it empty in .env ({key}=)")]
+
+
+def check_baichuan_cards(cards: list[Card]) -> list[Finding]:
+    """Whether BAICHUAN_GPUS names cards that are here, unless HOSTFILE takes its place.
+
+    A warning: its default is two cards, and project 1 runs on one.
+    """
+    named = None if os.environ.get("HOSTFILE") else _numbers_in("BAICHUAN_GPUS")
+    text = _absent_cards("BAICHUAN_GPUS", named, cards) if named else ""
+    return [("warn", "card", text)] if text else []
+
+
+def _numbers_in(key: str) -> list[int] | None:
+    """The cards a setting names, none for -1; None where it is empty or names them by something else (GPU-8f2c...)."""
+    names = [name for name in os.environ.get(key, "").split(",") if name]
+    if names == ["-1"]:
+        return []
+    return [int(name) for name in names] if names and all(name.isdecimal() for name in names) else None
+
+
+def _absent_cards(key: str, named: list[int], cards: list[Card]) -> str:
+    """Which of the named cards this machine has not, and what to set instead; empty when it has all."""
+    here = [card.index for card in cards]
+    absent = [number for number in named if number not in here]
+    if not absent:
+        return ""
+    instead = ",".join(str(number) for number in here if number in named or not set(named) & set(here))
+    text = f"{key}={os.environ[key]} names {_cards(absent)}, this machine has {_cards(here)}"
+    return f"{text}: set {key}={instead}"
+
+
+def _cards(numbers: list[int]) -> str:
+    return f"card{'s' if len(numbers) > 1 else ''} {', '.join(str(number) for number in numbers)}"
 
 
 def check_memory(
@@ -94,43 +186,90 @@ def check_memory(
 def check_disks() -> list[Finding]:
     """Free space of every disk the settings name, against what the steps still have to write there."""
     too_little = "FAIL" if os.environ.get("QWEN_MODEL_ID", "").endswith("Qwen-14B-Chat") else "warn"
-    found = _check_disks(DISK_GB, "Qwen-14B-Chat", too_little)
-    return found + _check_disks(BAICHUAN_DISK_GB, "project 2, Baichuan2-7B-Chat,", "warn")
+    return _check_disks(QWEN, too_little) + _check_disks(BAICHUAN, "warn")
 
 
-def _check_disks(sizes: dict[str, float], what: str, too_little: str) -> list[Finding]:
-    wanted: dict[int, tuple[Path, list[str]]] = {}
-    for key in sizes:
-        if os.environ.get(key):
-            place = _existing_parent(Path(os.environ[key]))
-            wanted.setdefault(place.stat().st_dev, (place, []))[1].append(key)
+def _check_disks(project: Project, too_little: str) -> list[Finding]:
+    keeps = os.environ.get("KEEP_ORIGINAL") != "0"
+    needs, without_original = _needs(project, keeps), _needs(project, False)
+    disks: dict[int, tuple[Path, list[str]]] = {}
+    for key in needs:
+        place = _existing_parent(Path(os.environ[key]))
+        disks.setdefault(place.stat().st_dev, (place, []))[1].append(key)
     found = []
-    for place, keys in wanted.values():
-        need = sum(_missing_gb(key, sizes[key]) for key in keys)
+    for place, keys in disks.values():
+        need, least = (_highest([each[key] for key in keys]) for each in (needs, without_original))
         free = shutil.disk_usage(place).free / 1e9
-        text = f"{place}: {free:.0f} GB free, {what} takes {need:.0f} GB more ({', '.join(keys)})"
-        if free < need and "BASE_MODEL_DIR" in keys:
-            text += ". KEEP_ORIGINAL=0 saves one copy of the model"
+        text = f"{place}: {free:.0f} GB free, {project.what} takes {need:.0f} GB more ({', '.join(keys)})"
+        if free < need and least < need:
+            text += f". KEEP_ORIGINAL=0 takes {need - least:.0f} GB less"
         found.append(("ok" if free >= need else too_little, "disk", text))
     return found
+
+
+def _highest(needs: list[Need]) -> float:
+    """GB of one disk at its fullest: what passes is gone before the training and the merge write theirs."""
+    stays, passes, later = (sum(amounts) for amounts in zip(*needs))
+    return stays + max(passes, later)
+
+
+def _needs(project: Project, keeps: bool) -> dict[str, Need]:
+    """What is still to be written, by the setting that names the place; settings without a value are left out."""
+    original, converted = _model_needs(project, keeps)
+    needs = {"BASE_MODEL_DIR": original, project.model_dir: converted}
+    for key, size in project.outputs_gb.items():
+        needs[key] = Need(later=0 if _has_files(_place(key)) else size)
+    needs["ENVS_DIR"] = Need(stays=sum(_environment_gb(name) for name in project.environments))
+    return {key: need for key, need in needs.items() if os.environ.get(key)}
+
+
+def _model_needs(project: Project, keeps: bool) -> tuple[Need, Need]:
+    """What download and conversion still write: of the original, of the converted model.
+
+    KEEP_ORIGINAL=0 (keeps is False) removes each file of the original once it is converted. On one disk both together
+    are then never more than the model and its largest file; what lies in either folder is already paid for.
+    """
+    original, converted = _place("BASE_MODEL_DIR"), _place(project.model_dir)
+    if _has_files(converted):  # qwen-download and baichuan-download ask for nothing more, with or without the original
+        return Need(), Need()
+    model_id = os.environ.get(project.model_id)  # other models may lie beside it
+    there = _gb_in(original / model_id) if original and model_id else 0
+    begun = _gb_in(converted.with_name(converted.name + ".partial")) if converted else 0
+    size = project.model_gb
+    if keeps:
+        return Need(stays=max(0, size - there)), Need(stays=max(0, size - begun))
+    if original and converted and _disk_of(original) == _disk_of(converted):
+        return Need(passes=project.largest_file_gb), Need(stays=max(0, size - there - begun))
+    return Need(passes=max(0, size - there - begun)), Need(stays=max(0, size - begun))
+
+
+def _environment_gb(name: str) -> float:
+    """What installing an environment still writes: nothing once it is finished."""
+    envs = _place("ENVS_DIR")
+    if not envs or (envs / name / MARKER).exists():
+        return 0
+    return max(0, (PROCESSOR_ENVIRONMENT_GB if is_for_processor() else ENVIRONMENT_GB) - _gb_in(envs / name))
+
+
+def _place(key: str) -> Path | None:
+    return Path(os.environ[key]) if os.environ.get(key) else None
+
+
+def _disk_of(path: Path) -> int:
+    return _existing_parent(path).stat().st_dev
 
 
 def _existing_parent(path: Path) -> Path:
     return path if path.exists() else _existing_parent(path.absolute().parent)
 
 
-def _missing_gb(key: str, size: float) -> float:
-    """What is still to be written: of a download that was cut the rest, of another place all or nothing."""
-    folder = Path(os.environ[key])
-    if key != "BASE_MODEL_DIR":
-        return 0 if _has_files(folder) else size
-    model = folder / os.environ.get("QWEN_MODEL_ID", "")  # other models may lie beside it
-    return max(0, size - sum(file.stat().st_size for file in model.rglob("*") if file.is_file()) / 1e9)
+def _gb_in(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e9
 
 
-def _has_files(folder: Path) -> bool:
+def _has_files(folder: Path | None) -> bool:
     """Whether weights lie in the folder or below it (in a checkpoint)."""
-    return any(folder.glob("**/*.safetensors")) or any(folder.glob("**/*.bin"))
+    return folder is not None and (any(folder.glob("**/*.safetensors")) or any(folder.glob("**/*.bin")))
 
 
 def check_python() -> list[Finding]:
@@ -160,22 +299,36 @@ def _check_environment(name: str, cards: list[Card]) -> Finding:
 
 
 def check_net() -> list[Finding]:
-    """Whether the hub answers on its port."""
-    is_modelscope = os.environ.get("SOURCE", "modelscope") == "modelscope"
+    """Whether the hub of the models answers, and MMCU's where that is another one: its absence fails nothing else."""
+    key, url = _hub(os.environ.get("SOURCE") or "modelscope")
+    found = [_ask(url, "FAIL", f"Another hub or mirror: SOURCE, {key} in .env")]
+    key_of_mmcu, url_of_mmcu = _hub(os.environ.get("MMCU_SOURCE") or "huggingface")
+    if url_of_mmcu != url:
+        advice = f"Only make mmcu-download asks it. A mirror: {key_of_mmcu} in .env; another hub: MMCU_SOURCE"
+        found.append(_ask(url_of_mmcu, "warn", f"{advice}; a folder that has the data: MMCU_DATA_DIR"))
+    return found
+
+
+def _hub(source: str) -> tuple[str, str]:
+    """The setting that names a hub's address, and the address."""
+    is_modelscope = source == "modelscope"
     key, public = ("MODELSCOPE_ENDPOINT", "modelscope.cn") if is_modelscope else ("HF_ENDPOINT", "huggingface.co")
-    url = urlparse(os.environ.get(key) or f"https://{public}")
+    return key, os.environ.get(key) or f"https://{public}"
+
+
+def _ask(address: str, level: str, advice: str) -> Finding:
+    """Whether an address answers on its port; `level` and `advice` when it does not."""
+    url = urlparse(address)
     try:
         socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
     except OSError as error:
-        return [
-            ("FAIL", "net", f"{url.netloc} does not answer ({error}). Another hub or mirror: SOURCE, {key} in .env")
-        ]
-    return [("ok", "net", f"{url.netloc} answers")]
+        return level, "net", f"{url.netloc} does not answer ({error}). {advice}"
+    return "ok", "net", f"{url.netloc} answers"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", action="store_true", help="also try to reach the hub that SOURCE names")
+    parser.add_argument("--net", action="store_true", help="also try the hubs that SOURCE and MMCU_SOURCE name")
     arguments = parser.parse_args()
     checks = [check_settings, check_cards, check_memory, check_disks, check_python]
     findings = []

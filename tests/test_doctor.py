@@ -1,7 +1,9 @@
 """What the doctor finds, on machines made up for it."""
 
 import http.server
+import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -39,9 +41,12 @@ def test_memory_is_the_container_s_where_that_is_less(tmp_path):
     assert (level, text[:5]) == ("warn", "4 GB;")
 
 
+QWEN_PLACES = ["BASE_MODEL_DIR", "QWEN_MODEL_DIR", "QWEN_OUTPUT_DIR", "QWEN_MERGED_DIR"]
+
+
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    for key in doctor.DISK_GB:
+    for key in QWEN_PLACES:
         monkeypatch.setenv(key, str(tmp_path / key / "deeper"))
     monkeypatch.setenv("QWEN_MODEL_ID", "qwen/Qwen-14B-Chat")
     return tmp_path
@@ -51,9 +56,52 @@ def places(tmp_path, monkeypatch):
 def test_disk_is_compared_with_three_copies_of_the_model_and_two_checkpoints(places, monkeypatch, free, level):
     """3 x 28.3 GB + 7.0 GB (2 x 3.0 GB and final/) = 91.9 GB."""
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
-    found = doctor.check_disks()
+    found = of_project_1()
     assert len(found) == 1 and found[0][0] == level
-    assert ("KEEP_ORIGINAL=0" in found[0][2]) == (level == "FAIL")
+    assert ("KEEP_ORIGINAL=0 takes 28 GB less" in found[0][2]) == (level == "FAIL")
+
+
+def of_project_1() -> list:
+    return [finding for finding in doctor.check_disks() if "project 2" not in finding[2]]
+
+
+@pytest.mark.parametrize(("free", "level"), [(63.7e9, "ok"), (63.5e9, "FAIL")])
+def test_an_original_that_is_removed_is_not_counted_and_its_removal_not_advised(places, monkeypatch, free, level):
+    """28.3 GB converted, 28.3 GB merged, 7.0 GB of training; the file in conversion is gone before the training."""
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    monkeypatch.setenv("KEEP_ORIGINAL", "0")
+    ((found, _, text),) = of_project_1()
+    assert found == level and "takes 64 GB more" in text and "KEEP_ORIGINAL" not in text
+
+
+def test_the_model_and_one_file_are_held_at_once_where_only_they_are_written(places, monkeypatch):
+    """28.3 GB and 2.1 GB; of what a cut conversion has moved, nothing is asked for again."""
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=1e9))
+    monkeypatch.setenv("KEEP_ORIGINAL", "0")
+    for key in ("QWEN_OUTPUT_DIR", "QWEN_MERGED_DIR"):
+        monkeypatch.delenv(key)
+    assert "takes 30 GB more" in of_project_1()[0][2]
+    put(places / "QWEN_MODEL_DIR" / "deeper.partial" / "model-00001-of-00008.safetensors", 10e9)
+    put(places / "BASE_MODEL_DIR" / "deeper" / "qwen" / "Qwen-14B-Chat" / "model-00015-of-00015.safetensors", 18e9)
+    assert "takes 2 GB more" in of_project_1()[0][2]
+
+
+def test_an_original_on_a_disk_of_its_own_is_counted_there(places, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=1e9))
+    monkeypatch.setenv("KEEP_ORIGINAL", "0")
+    monkeypatch.setenv("BASE_MODEL_DIR", "/dev/shm/doctor")
+    if os.stat("/dev/shm").st_dev == places.stat().st_dev:
+        pytest.skip("this machine has one disk")
+    texts = [text for _, _, text in of_project_1()]
+    assert len(texts) == 2 and all("KEEP_ORIGINAL" not in text for text in texts)
+    assert "takes 28 GB more (BASE_MODEL_DIR)" in texts[0] and "takes 64 GB more (QWEN_MODEL_DIR, " in texts[1]
+
+
+def put(file: Path, size: float) -> None:
+    """A file of that size that takes no room: a hole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "wb") as opened:
+        opened.truncate(int(size))
 
 
 def test_what_is_on_the_disk_already_is_not_asked_for_again(places, monkeypatch):
@@ -61,16 +109,14 @@ def test_what_is_on_the_disk_already_is_not_asked_for_again(places, monkeypatch)
     weights = places / "QWEN_MODEL_DIR" / "deeper" / "model-00001-of-00002.safetensors"
     weights.parent.mkdir(parents=True)
     weights.touch()
-    assert "takes 64 GB more" in doctor.check_disks()[0][2]
+    assert "takes 35 GB more" in doctor.check_disks()[0][2]  # 28.3 + 7.0: nothing is downloaded again
 
 
 def test_of_the_original_the_bytes_of_this_model_are_subtracted_and_no_others(places, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=100e9))
     folder = places / "BASE_MODEL_DIR" / "deeper"
     for name, size in (("baichuan-inc/Baichuan2-7B-Chat", 15e9), ("qwen/Qwen-14B-Chat", 8.3e9)):
-        (folder / name).mkdir(parents=True)
-        with open(folder / name / "model.safetensors", "wb") as file:
-            file.truncate(int(size))  # a hole: nothing is written
+        put(folder / name / "model.safetensors", size)
     assert "takes 84 GB more" in doctor.check_disks()[0][2]  # 91.9 - 8.3
 
 
@@ -101,12 +147,10 @@ def test_a_missing_and_a_silent_nvidia_smi_are_told_apart(tmp_path, monkeypatch,
 @pytest.mark.parametrize(("free", "level"), [(286e9, "ok"), (285e9, "warn")])
 def test_disk_for_project_2_is_a_line_of_its_own(tmp_path, monkeypatch, free, level):
     """2 x 15 GB of weights, 2 checkpoints of 120.1 GB, final/ of 15 GB; too little only warns."""
-    for key in doctor.DISK_GB:
-        monkeypatch.delenv(key, raising=False)
-    for key in doctor.BAICHUAN_DISK_GB:
+    for key in ("BASE_MODEL_DIR", "BAICHUAN_MODEL_DIR", "BAICHUAN_OUTPUT_DIR"):
         monkeypatch.setenv(key, str(tmp_path / key))
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
-    ((found, subject, text),) = doctor.check_disks()
+    found, subject, text = doctor.check_disks()[-1]
     assert (found, subject) == (level, "disk") and "project 2, Baichuan2-7B-Chat, takes 285 GB more" in text
 
 
