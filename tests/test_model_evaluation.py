@@ -270,6 +270,10 @@ def test_a_finished_result_with_other_settings_is_kept(tiny_qwen, questions, tmp
     assert f"kept: {kept.csv}" in said
     found = {path.name.replace(kept.csv.stem, "result"): path.read_bytes() for path in tmp_path.glob("result-*")}
     assert found == whole and len(whole) == 4
+    few = files.csv.read_bytes()
+    again = run(tiny_qwen, questions, files.csv, *options)  # taken back, the other kept in its place
+    assert again.out.startswith("already done") and files.csv.read_bytes() == whole["result.csv"]
+    assert [path.read_bytes() for path in tmp_path.glob("result-*.csv")] == [few]
     with pytest.raises(UserError, match="is what this run writes"):
         run(tiny_qwen, questions, files.csv, *options, "--compare_with", str(files.jsonl))
 

@@ -21,7 +21,7 @@ from finetune.errors import UserError, run_main
 from finetune.identity import adapter_fingerprint, check_adapter, fingerprint
 from finetune.models import check_model_dir
 from finetune.paired_scores import check_comparable
-from finetune.partial_results import PartialResults, canonical_json, config_hash, sha256_of
+from finetune.partial_results import PartialResults, config_hash, sha256_of
 from finetune.rows import read_rows
 from qwen_qlora.evaluation.cases import EvaluationCase, cases_of, require_labels
 from qwen_qlora.evaluation.results import (
@@ -34,6 +34,7 @@ from qwen_qlora.evaluation.results import (
     report_lines,
     set_aside,
     summarise,
+    take_back,
     write_metrics,
     write_records,
 )
@@ -205,7 +206,10 @@ def main() -> None:
         rows, others, path = [asked(case) for case in cases], read_records(args.compare_with), Path(args.compare_with)
         check_comparable(rows, config, others, path, f"--compare_with {path}")
     done, partial = read_metrics(files), None
-    if done and canonical_json(done["config"]) == canonical_json(config):
+    if not done or done["config_hash"] != config_hash(config):
+        take_back(files, config_hash(config))
+        done = read_metrics(files)
+    if done and done["config_hash"] == config_hash(config):
         print(f"already done: {files.csv}")
         timing = done["timing"]
     else:

@@ -87,18 +87,34 @@ def write_records(files: ResultFiles, records: Sequence[Record]) -> None:
     write_aside(files.jsonl, "".join(lines))
 
 
+def _kept_under(files: ResultFiles, config_hash: str) -> ResultFiles:
+    return ResultFiles(files.csv.with_name(f"{files.csv.stem}-{config_hash[:8]}.csv"))
+
+
+def _rename(files: ResultFiles, target: ResultFiles) -> None:
+    # The metrics first: without them what is left counts as unfinished.
+    for name in ("metrics", "csv", "jsonl", "confusion"):
+        if getattr(files, name).exists():
+            getattr(files, name).replace(getattr(target, name))
+
+
 def set_aside(files: ResultFiles) -> None:
     """Rename a finished result that another one is about to replace: X.csv becomes X-HASH.csv, HASH its settings'."""
     done = read_metrics(files)
     if done is None:
         files.metrics.unlink(missing_ok=True)  # of an unfinished change: it would not belong to what is written now
         return
-    kept = ResultFiles(files.csv.with_name(f"{files.csv.stem}-{done['config_hash'][:8]}.csv"))
-    # The metrics first: without them what is left counts as unfinished.
-    for name in ("metrics", "csv", "jsonl", "confusion"):
-        if getattr(files, name).exists():
-            getattr(files, name).replace(getattr(kept, name))
+    kept = _kept_under(files, done["config_hash"])
+    _rename(files, kept)
     print(f"kept: {kept.csv}, a result with other settings that stood in {files.csv}", file=sys.stderr)
+
+
+def take_back(files: ResultFiles, config_hash: str) -> None:
+    """Put the result with these settings back into its place, where it was set aside."""
+    kept = _kept_under(files, config_hash)
+    if (done := read_metrics(kept)) and done["config_hash"] == config_hash:
+        set_aside(files)
+        _rename(kept, files)
 
 
 def write_metrics(files: ResultFiles, metrics: dict[str, Any]) -> None:
