@@ -30,7 +30,16 @@ from finetune.memory import (
     shape_of_config,
     total,
 )
-from finetune.plan_options import Option, Workload, choose, counts, full_options, qlora_option, usable_bytes
+from finetune.plan_options import (
+    Option,
+    Workload,
+    choose,
+    counts,
+    full_options,
+    qlora_option,
+    usable_bytes,
+    warmup_note,
+)
 
 # Tokens of a Chinese or mixed text for each character, both vocabularies, and of the template around a turn.
 TOKENS_PER_CHARACTER, TOKENS_PER_TURN = 0.75, 12
@@ -218,11 +227,10 @@ def print_plan(
     print(table(fitting, usable, None, price) if fitting else "  none fits")
     print(TIMES)
     print(f"\n{disk_lines(shape, (chosen or here[0]).name, arguments)}")
-    if chosen is None:
-        print(advice(method, gpu, gpus, shape, arguments, work))
-        return 1
-    print(choice_lines(method, chosen, shape))
-    return 0
+    print(choice_lines(method, chosen, shape) if chosen else advice(method, gpu, gpus, shape, arguments, work))
+    if note := warmup_note(arguments.train, work.updates):
+        print(note)  # last, where it is seen: it costs a run
+    return 0 if chosen else 1
 
 
 def choice_lines(method: str, chosen: Option, shape: Shape) -> str:

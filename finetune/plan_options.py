@@ -1,4 +1,7 @@
-"""The ways to run a training on given cards, with memory, budget and time of each: what finetune.plan prints."""
+"""The ways to run a training on given cards, with memory, budget and time of each: what finetune.plan prints.
+
+Its remark on the warm-up is the training log's too.
+"""
 
 import math
 from collections.abc import Sequence
@@ -26,6 +29,7 @@ from finetune.speed import (
 )
 
 CONTEXT_GIB = 0.8  # CUDA context and libraries
+WARMUP_SHARE = 0.03  # of the updates: the warm-up that is advised where it is too long
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,20 @@ def choose(options: Sequence[Option]) -> Option | None:
         return None
     fastest = min(option.seconds for option in fitting)
     return next(option for option in fitting if option.seconds <= 1.02 * fastest)
+
+
+def warmup_note(train: TrainArguments, updates: int) -> str | None:
+    """What to say, in the plan and in the log, where more than half of the updates warm up; else None."""
+    warmup = train.warmup_steps
+    if train.lr_scheduler_type == "constant" or not 0 < updates < 2 * warmup:
+        return None
+    reached = "never reached" if warmup >= updates else "reached late"
+    # The update after the warm-up is the first at the peak, so a single update can have no warm-up.
+    advised = min(max(1, round(WARMUP_SHARE * updates)), updates - 1)
+    return (
+        f"note: {warmup:,} warmup_steps, {updates:,} updates: learning rate {train.learning_rate:g} is {reached}. "
+        f'Train with ARGS="--warmup_steps {advised}", or on more rows'
+    )
 
 
 def counts(gpus: int) -> list[int]:

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.adamw import PAGED_ADAMW
 from finetune.arguments import Arguments
-from finetune.errors import UserError
+from finetune.errors import UserError, is_full_disk
 from finetune.models import refuse_unseen_card
 from finetune.rows import read_rows
 
@@ -115,6 +116,23 @@ def quieten() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it found none
 
 
+def check_output_dir(output_dir: str | Path) -> None:
+    """Make the folder, where it is not there yet. Raises UserError when it cannot be made or written to."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        in_the_way = [path for path in (folder, *folder.parents) if os.path.lexists(path) and not os.path.isdir(path)]
+        found = f"{in_the_way[0]}, which is not a folder" if in_the_way else error.strerror
+        raise UserError(
+            f"{output_dir}: expected a folder to write checkpoints to, found: {found}. "
+            "Name another with --output_dir, or QWEN_OUTPUT_DIR or BAICHUAN_OUTPUT_DIR in .env."
+        ) from None
+
+
 def check_shared_folder(output_dir: str | Path) -> None:
     """Raises UserError when ranks on other machines do not see what the first one writes to output_dir."""
     import torch.distributed as dist
@@ -127,7 +145,6 @@ def check_shared_folder(output_dir: str | Path) -> None:
     dist.broadcast_object_list(name)
     mark = Path(output_dir) / name[0]
     if is_first_rank():
-        mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
     dist.barrier()
     seen: list[bool | None] = [None] * dist.get_world_size()

@@ -15,6 +15,7 @@ from finetune import prepare, saving
 from finetune.arguments import Arguments, require
 from finetune.gpus import price_per_hour
 from finetune.memory import shape_of_config, total
+from finetune.plan_options import warmup_note
 from finetune.prepare import is_first_rank, say
 from finetune.room import Method, Room, check_saving, decide_budget, measure_room, predicted_peak
 from finetune.rows import read_rows
@@ -62,6 +63,7 @@ def run_training(arguments: Arguments, method: Method) -> int:
     _check_inputs(arguments)
     identity, names = prepare.run_identity(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     output_dir = Path(arguments.train.output_dir)
+    prepare.check_output_dir(output_dir)
     saving.check_same_run(output_dir, identity, names)
     saving.check_same_stage(output_dir, method.stage)
     finished = saving.read_marker(output_dir / "final")
@@ -198,9 +200,8 @@ def _print_plan(run: Run, trainer: "UpdateTrainer") -> None:
     mean, supervised = sum(data.lengths) / rows, sum(data.supervised) / sum(data.lengths)
     updates = f"{run.last_update:,} updates of {trainer.plan.rows_per_update} rows, {tokens:,.0f} tokens"
     say(f"plan: {rows:,} rows of {mean:.0f} tokens on average ({supervised:.0%} supervised), {updates}")
-    if run.arguments.train.warmup_steps >= run.last_update > 0:
-        warmup, rate = run.arguments.train.warmup_steps, run.arguments.train.learning_rate
-        say(f"  note: {warmup} warmup_steps are as many as there are updates or more: {rate:g} is never reached")
+    if note := warmup_note(run.arguments.train, run.last_update):
+        say(f"  {note}")
     say(f"  trained: {room.trainable:,} parameters of {room.shape.parameters:,} ({run.method.name})")
     kept = f"{run.budget.layers_kept} of {room.shape.layers} layers not recomputed"
     filled = f"the largest has {run.filled.tokens:,}"

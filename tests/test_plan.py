@@ -373,3 +373,54 @@ def test_a_price_is_an_amount(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_impossible_rows_are_refused(flags: list[str]) -> None:
     with pytest.raises(UserError, match="must be at least 1, found"):
         plan.main(["--model", "qwen-14b", "--gpu", "A40", *flags])
+
+
+def warmup_notes(capsys: pytest.CaptureFixture, *flags: str) -> list[str]:
+    plan.main(list(flags))
+    return [line for line in capsys.readouterr().out.splitlines() if "warmup_steps" in line]
+
+
+def test_shipped_warm_ups_longer_than_the_bundled_rows_are_said(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    qwen = "--model qwen-14b --gpu A40 --train_args_file qwen_qlora/config/qwen-14b-qlora.json".split()
+    (note,) = warmup_notes(capsys, *qwen)
+    assert (
+        "300 warmup_steps, 125 updates: learning rate 5e-05 is never reached" in note
+        and 'ARGS="--warmup_steps 4"' in note
+    )
+    baichuan = "--method full --model baichuan2-7b --gpu A100-80G --num_gpus 2 --train_args_file".split()
+    (note,) = warmup_notes(capsys, *baichuan, "llm_code/training_config/baichuan2_config.json")
+    assert (
+        "200 warmup_steps, 8 updates: learning rate 1e-05 is never reached" in note
+        and 'ARGS="--warmup_steps 1"' in note
+    )
+    # Also where nothing fits, and not where the advice was taken or the walkthrough's own rows are meant.
+    assert len(warmup_notes(capsys, *qwen, "--gpu", "T4")) == 1
+    for more in (["--warmup_steps", "4"], ["--rows", "77250", "--mean_tokens", "74"]):
+        assert not warmup_notes(capsys, *qwen, *more)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "updates", "words"),
+    [
+        (0, 100, None),
+        (50, 100, None),
+        (51, 100, "is reached late"),
+        (99, 100, "is reached late"),
+        (100, 100, "is never reached"),
+        (300, 0, None),
+    ],
+)
+def test_a_warm_up_is_compared_with_the_updates(warmup: int, updates: int, words: str | None) -> None:
+    note = plan_options.warmup_note(TrainArguments(warmup_steps=warmup), updates)
+    assert (note is None) if words is None else words in note
+
+
+def test_the_advised_warm_up_reaches_the_rate() -> None:
+    for updates in range(1, 200):
+        advised = int(plan_options.warmup_note(TrainArguments(warmup_steps=300), updates).split('"')[1].split()[1])
+        assert plan_options.warmup_note(TrainArguments(warmup_steps=advised), updates) is None
+        assert advised >= 1 or updates == 1
+    assert plan_options.warmup_note(TrainArguments(warmup_steps=300, lr_scheduler_type="constant"), 10) is None

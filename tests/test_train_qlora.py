@@ -147,6 +147,75 @@ def test_what_is_missing_is_named_before_anything_is_loaded(flags: list[str], tm
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_folder_that_cannot_be_one_is_refused_before_the_model(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With either method; they differ in the model's loading, which must not begin."""
+    from finetune import training
+    from finetune.full import full_method
+
+    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("the model would be loaded"))
+    file, dangling = tmp_path / "file", tmp_path / "link"
+    file.touch()
+    dangling.symlink_to(tmp_path / "nowhere")
+    whole = parse_arguments([*flags, "--deepspeed", "none", "--output_dir", str(file)])
+    with pytest.raises(UserError, match=f"expected a folder .* found: {file}, which is not a folder"):
+        training.run_training(whole, full_method(whole))
+    for output_dir, found in ((file, file), (file / "a" / "b", file), (dangling, dangling)):
+        with pytest.raises(UserError, match=f"{output_dir}: .* found: {found}, which is not a folder. Name another"):
+            run_here(flags, output_dir)
+    with pytest.raises(UserError, match="/proc/none/out: .* found: No such file or directory. Name another"):
+        run_here(flags, Path("/proc/none/out"))
+    assert sorted(tmp_path.iterdir()) == [file, dangling]
+
+
+def test_an_output_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    from finetune.prepare import check_output_dir
+
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)  # root may write anywhere
+    try:
+        for output_dir in (locked, locked / "out"):
+            with pytest.raises(UserError, match=f"{output_dir}: .* found: Permission denied. Name another"):
+                check_output_dir(output_dir)
+    finally:
+        if is_root:
+            os.seteuid(0)
+    check_output_dir(tmp_path / "new" / "out")
+    assert not list((tmp_path / "new" / "out").iterdir())
+
+
+def test_a_rank_says_in_one_line_that_its_output_folder_is_a_file(flags: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    module = ["-m", "qwen_qlora.train_qlora", *flags, "--output_dir", str(file)]
+    command = [sys.executable, "-m", "finetune.launch", *torchrun, *module]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and str(file) in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_log_says_that_the_warm_up_is_too_long(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune import training
+
+    said = []
+    monkeypatch.setattr(training, "say", said.append)
+    more = "--warmup_steps 300 --max_steps 2 --save_strategy no --report_to none".split()
+    assert run_here(flags, tmp_path, *more) == 0
+    (note,) = [line for line in said if "warmup_steps" in line]
+    assert (
+        "300 warmup_steps, 2 updates: learning rate 0.002 is never reached" in note
+        and 'ARGS="--warmup_steps 1"' in note
+    )
+
+
 def test_two_ranks_stopped_and_resumed_have_the_losses_of_one(finished: Path, flags: list[str], tmp_path: Path) -> None:
     output = tmp_path / "two"
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
