@@ -30,7 +30,8 @@ class Visitor:
         """Send and wait for the whole answer."""
         shown = len(self.bubbles())
         self.send(text)
-        self.page.wait_for_function(f"document.querySelectorAll('{CHAT} .message').length > {shown}")
+        # The question and the beginning of its answer: the status line and the button may still be the last answer's.
+        self.page.wait_for_function(f"document.querySelectorAll('{CHAT} .message').length > {shown + 1}")
         self.wait("首字", STATUS)
         self.ready()
 
