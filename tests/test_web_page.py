@@ -196,9 +196,7 @@ def test_an_emptied_question_comes_back(visitor, service):
 
 
 def test_conversations_outlive_reload_and_switch(visitor, service, pictures):
-    visitor.page.click("#settings > button")
-    visitor.page.fill("#system textarea", "你是医生")
-    visitor.page.press("#system textarea", "Tab")  # as a person leaves the field, who is slower than a script
+    visitor.set_system("你是医生")
     visitor.ask("甲问题")
     assert service.requests[-1]["messages"][0] == {"role": "system", "content": "你是医生"}
     visitor.page.click("#new")

@@ -3,6 +3,7 @@
 import json
 
 BOX, CHAT, STATUS = "#question textarea", "#chat", "#status"
+PAUSE_MS = 1500
 
 
 class Visitor:
@@ -34,6 +35,16 @@ class Visitor:
         self.page.wait_for_function(f"document.querySelectorAll('{CHAT} .message').length > {shown + 1}")
         self.wait("首字", STATUS)
         self.ready()
+
+    def set_system(self, text):
+        """Open the settings, write, leave the field, with a person's pauses: the page draws meanwhile."""
+        self.page.click("#settings > button")
+        field = self.page.locator("#system textarea")
+        field.wait_for()
+        self.page.wait_for_timeout(PAUSE_MS)
+        field.fill(text)
+        field.press("Tab")
+        self.page.wait_for_timeout(PAUSE_MS)
 
     def wait(self, text, where=CHAT):
         self.page.locator(where).get_by_text(text).first.wait_for()
