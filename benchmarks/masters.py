@@ -2,7 +2,7 @@
 
     python -m benchmarks.masters FOLDER                                  # SmolLM2-135M, 200 updates, on a CPU
     python -m benchmarks.masters FOLDER --only nearest,stochastic        # these runs; what is done is not done again
-    python -m benchmarks.masters FOLDER --model DIR --updates 50 --rows 4 --tokens 512
+    python -m benchmarks.masters FOLDER --model DIR --updates 50 --rows 4 --tokens 512   # on a card if there is one
 
 Up to four runs start from the same bfloat16 weights and see the same rows, at the shipped configuration's learning
 rate, constant from the first update on so that 200 of them count:
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 CONFIG = "llm_code/training_config/baichuan2_config.json"
 STAGE_1 = "llm_code/deepspeed_config/deepspeed_stage_1_config.json"
 TRAIN_ROWS, HELD_OUT_ROWS = "llm_code/data/psychology_data.jsonl", "llm_code/data/psychology_test.jsonl"
-MODULES = {
-    "masters": "llm_code.train",
-    "stochastic": "llm_code.train",
-    "nearest": "benchmarks.train_nearest",
-    "float32": "llm_code.train",
+PROGRAMS = {
+    "masters": ["llm_code.train"],
+    "stochastic": ["llm_code.train"],
+    "nearest": ["benchmarks.train_nearest"],
+    "float32": ["benchmarks.train_exact", "llm_code.train"],
 }
 TOKENS_AT_ONCE = 2048  # of the held-out rows
 LIMIT_S = 4 * 3600.0
@@ -57,15 +57,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path, help="a native checkpoint [SmolLM2-135M, fetched with pip]")
-    parser.add_argument("--only", default=",".join(MODULES), metavar="NAME,NAME", help="these runs [all]")
+    parser.add_argument("--only", default=",".join(PROGRAMS), metavar="NAME,NAME", help="these runs [all]")
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--rows", type=int, default=2, help="of an update [2]")
     parser.add_argument("--tokens", type=int, default=128, help="of a row at most [128]")
     flags = parser.parse_args(arguments)
     flags.only = flags.only.split(",")
-    unknown = [name for name in flags.only if name not in MODULES]
+    unknown = [name for name in flags.only if name not in PROGRAMS]
     if unknown or not set(REFERENCES).intersection(flags.only):
-        raise UserError(f"--only: name runs of {', '.join(MODULES)}, {' or '.join(REFERENCES)} among them.")
+        raise UserError(f"--only: name runs of {', '.join(PROGRAMS)}, {' or '.join(REFERENCES)} among them.")
     return flags
 
 
@@ -100,7 +100,8 @@ def training_flags(name: str, flags: argparse.Namespace) -> list[str]:
 
 def command_of(name: str, flags: argparse.Namespace) -> list[str]:
     """The process of a run: for `masters` as llm_code/train_ft.sh starts it."""
-    return [*training_command(MODULES[name], has_zero=name == "masters"), *training_flags(name, flags)]
+    module, *words = PROGRAMS[name]
+    return [*training_command(module, has_zero=name == "masters"), *words, *training_flags(name, flags)]
 
 
 def train(name: str, flags: argparse.Namespace) -> None:
@@ -150,7 +151,7 @@ def model_of(run: Path, base: Path) -> Path:
 
 
 def _tensors(folder: Path, names: Sequence[str]) -> "Iterator[Tensor]":
-    """The named tensors, one at a time, in 64 bits."""
+    """The named tensors, one at a time, in 64 bits, on the card where there is one."""
     from safetensors import safe_open
 
     from finetune.tensor_files import tensor_places
@@ -158,7 +159,17 @@ def _tensors(folder: Path, names: Sequence[str]) -> "Iterator[Tensor]":
     places = tensor_places(folder)
     for name in names:
         with safe_open(places[name].file, framework="pt") as file:
-            yield file.get_tensor(name).double()
+            yield file.get_tensor(name).to(_device()).double()
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _moved(batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.to(_device()) if hasattr(value, "to") else value for key, value in batch.items()}
 
 
 def movement(weights: Path, references: dict[str, Path], base: Path) -> dict[str, Any]:
@@ -198,12 +209,13 @@ def held_out_loss(model_dir: Path, max_seq_length: int) -> float:
     from finetune.updates import count_supervised
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=PADDING_FREE)
-    enable_padding_free_attention(enable_chunked_loss(model.eval()))
+    enable_padding_free_attention(enable_chunked_loss(model.eval().to(_device())))
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     samples, _ = encode_rows(tokenizer, read_rows(REPOSITORY / HELD_OUT_ROWS), max_seq_length)
     plan = plan_epoch([len(sample.input_ids) for sample in samples], len(samples), 1, TOKENS_AT_ONCE, 0, 0)[0]
     with torch.no_grad():
-        losses = [model(**collate([samples[row] for row in rows])).loss.item() for rows in plan.micro_batches[0]]
+        batches = [collate([samples[row] for row in rows]) for rows in plan.micro_batches[0]]
+        losses = [model(**_moved(batch)).loss.item() for batch in batches]
     return sum(losses) / sum(map(count_supervised, samples))
 
 

@@ -30,6 +30,7 @@ SHAPES = {
     # config.json of Qwen/Qwen2.5-32B
     "qwen2.5-32b": Shape(5120, 64, 40, 8, 128, 27648, 152064, has_qkv_bias=True),
     "qwen-14b-layers": Shape(5120, 4, 40, 40, 128, 13696, 1024, has_qkv_bias=True),  # of 40, and hardly a head
+    "baichuan2-7b-layers": Shape(4096, 4, 32, 32, 128, 11008, 1024),  # of 32: fp32 masters fit a card beside it
     "tiny-qwen": Shape(64, 2, 4, 4, 16, 128, 1024, has_qkv_bias=True),
     "tiny-baichuan2": Shape(64, 2, 4, 4, 16, 128, 1024),
 }

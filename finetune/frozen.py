@@ -41,7 +41,6 @@ class Frozen:
         self.base = base
         self.has_kernel = self._has_kernels_form()
         self.scale = self._fp8_scale() if fp8_backward and self.has_kernel else None
-        self.kept_OK: Tensor | None = None
 
     def _has_kernels_form(self) -> bool:
         """Whether finetune.kernels can read the weight: one pass instead of bitsandbytes' two and their Python."""
@@ -64,9 +63,8 @@ class Frozen:
         Added to a product that is already rounded, an adapter's first terms are lost: they are smaller than half of its
         last place (benchmarks.small_terms). On an H100 that is so for addmm too, whose kernel rounds before it adds.
         """
-        weight_OK = self._widened_weight(b_OR, wide_TK) if self.kept_OK is None else self.kept_OK
-        bias = self.base.bias
-        return functional.linear(wide_TK, weight_OK, None if bias is None else bias.to(wide_TK.dtype))
+        bias = None if self.base.bias is None else self.base.bias.to(wide_TK.dtype)
+        return functional.linear(wide_TK, self.widened_weight(b_OR, wide_TK), bias)
 
     def few_rows(self, x_TI: Tensor) -> Tensor:
         """x W^T + bias in float32, unrounded, for x in float32 and a 4-bit weight.
@@ -78,7 +76,7 @@ class Frozen:
         output_TO = matmul_4bit(x_TI, self.base.weight, quant_state=self.base.weight.quant_state)
         return output_TO if self.base.bias is None else output_TO + self.base.bias
 
-    def _widened_weight(self, b_OR: Tensor, wide_TK: Tensor) -> Tensor:
+    def widened_weight(self, b_OR: Tensor, wide_TK: Tensor) -> Tensor:
         """(O, K): W, B, zeros; of the dtype and width of `wide_TK`."""
         inputs, rank = self.base.in_features, b_OR.shape[1]
         weight_OK = wide_TK.new_empty(self.base.out_features, wide_TK.shape[1])
@@ -86,17 +84,6 @@ class Frozen:
         weight_OK[:, inputs : inputs + rank] = b_OR
         weight_OK[:, inputs + rank :] = 0
         return weight_OK
-
-    def keep_widened(self, b_OR: Tensor) -> None:
-        """For inference, where B stays as it is: widen a weight once. The base's own becomes a part of it.
-
-        A 4-bit weight is dense only while it is used, as ever.
-        """
-        if is_4bit(self.base):
-            return
-        weight_OI = self.base.weight.data
-        self.kept_OK = self._widened_weight(b_OR, widened(weight_OI[:1], b_OR.shape[1]))
-        self.base.weight.data = self.kept_OK[:, : self.base.in_features]
 
     def add_input_gradient(self, total_TI: Tensor, grad_TO: Tensor) -> Tensor:
         """total + grad W in 16 bits, in place."""

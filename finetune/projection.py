@@ -13,7 +13,7 @@ Dimensions: T = tokens, I = input size, O = output size of one projection, R = i
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from finetune.dropout import draw_seed, dropout
 from finetune.frozen import FEW_ROWS, Frozen, fp8_input_gradient, widened
@@ -128,40 +129,63 @@ class SharedInput:
         return _outputs(members, [self._frozen[member] for member in members], x)
 
 
-def fuse_for_inference(model: "PeftModel") -> int:
-    """Give every LoRA projection over a linear layer the output that it had in training; returns how many have it.
+def fuse_for_inference(model: "PeftModel") -> None:
+    """Give every LoRA projection over a linear layer the output that it had in training.
 
     In 16 bits peft adds the adapter's term to an output that is already rounded, where a small one is lost: with B
     moved by 0.001 half of what was learned (benchmarks/results/small_terms.md). Keeps no state between calls.
     """
     from peft.tuners.lora import LoraLayer
 
-    count = 0
     for module in model.modules():
-        if isinstance(module, LoraLayer) and not _why_not(module) and (name := _active_adapter(module)):
-            frozen = Frozen(module.get_base_layer())
-            frozen.keep_widened(module.lora_B[name].weight.detach())
-            module._peft_forward, module.forward = module.forward, partial(_alone, module, frozen)
-            count += 1
-    return count
+        if isinstance(module, LoraLayer) and not _why_not(module) and _active_adapter(module):
+            in_4_bits = is_4bit(module.get_base_layer())
+            way = _Dequantised(module) if in_4_bits else _Widened(module)
+            module._peft_forward, module.forward = module.forward, partial(_alone, module, way)
 
 
-def _alone(module: nn.Module, frozen: Frozen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if _is_special(module, x, args, kwargs):
-        return module._peft_forward(x, *args, **kwargs)
-    if is_4bit(frozen.base) and not module.training and x.numel() < FEW_ROWS * x.shape[-1]:
-        return _few_rows(module, frozen, x)
-    return _outputs([module], [frozen], x)[0]
+def _alone(module: nn.Module, way: Callable[[Tensor], Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return module._peft_forward(x, *args, **kwargs) if _is_special(module, x, args, kwargs) else way(x)
 
 
-def _few_rows(module: nn.Module, frozen: Frozen, x: Tensor) -> Tensor:
-    """A step of decoding: summed in float32, rounded once."""
-    name = _active_adapter(module)
-    x_TI = x.reshape(-1, x.shape[-1]).float()
-    low_TR = x_TI @ module.lora_A[name].weight.float().T
-    term_TO = low_TR @ module.lora_B[name].weight.float().T
-    output_TO = frozen.few_rows(x_TI) + module.scaling[name] * term_TO
-    return output_TO.view(*x.shape[:-1], -1).to(x.dtype)
+class _Widened:
+    """A 16-bit weight, widened once; the base's own becomes a part of it. Two products and a copy of x a call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        name, self._base = _active_adapter(module), module.get_base_layer()
+        weight_OI, b_OR = self._base.weight.data, module.lora_B[name].weight.detach()
+        self._weight_OK = Frozen(self._base).widened_weight(b_OR, widened(weight_OI[:1], b_OR.shape[1]))
+        self._base.weight.data = self._weight_OK[:, : self._base.in_features]
+        a_RI = module.scaling[name] * module.lora_A[name].weight.detach()
+        # As many rows as there are columns behind W: what B has no column for is multiplied with zeros.
+        padding = self._weight_OK.shape[1] - self._base.in_features - len(a_RI)
+        self._a_SI = functional.pad(a_RI, (0, 0, 0, padding)).to(weight_OI.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.to(self._weight_OK.dtype)
+        wide = torch.cat([wide, functional.linear(wide, self._a_SI)], -1)
+        return functional.linear(wide, self._weight_OK, self._base.bias).to(x.dtype)
+
+
+class _Dequantised:
+    """A 4-bit weight, which is dense only while it is used, and not at all in a step of decoding."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._frozen = module, Frozen(module.get_base_layer())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._module.training or x.numel() >= FEW_ROWS * x.shape[-1]:
+            return _outputs([self._module], [self._frozen], x)[0]
+        return self._few_rows(x)
+
+    def _few_rows(self, x: Tensor) -> Tensor:
+        """Summed in float32, rounded once."""
+        module, name = self._module, _active_adapter(self._module)
+        x_TI = x.reshape(-1, x.shape[-1]).float()
+        low_TR = x_TI @ module.lora_A[name].weight.float().T
+        term_TO = low_TR @ module.lora_B[name].weight.float().T
+        output_TO = self._frozen.few_rows(x_TI) + module.scaling[name] * term_TO
+        return output_TO.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def _is_special(module: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
