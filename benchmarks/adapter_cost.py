@@ -1,6 +1,6 @@
 """What a LoRA adapter beside its base costs in inference: decoding steps and prompts, in 4 and in 16 bits.
 
-    python -m benchmarks.adapter_cost FOLDER [--model qwen-14b] [--rows 1,7,8,64]    # tiny-qwen where there is no card
+    python -m benchmarks.adapter_cost FOLDER [--model qwen-14b] [--rows 1,8,64]    # tiny-qwen where there is no card
 
 Three ways: the base alone; the adapter as load_for_inference adds it, before an output is rounded; peft's own sum of
 rounded outputs. First by transformers' forward with a growing cache, as evaluation runs it; then by the local engine,
@@ -30,9 +30,8 @@ from finetune.tables import markdown_table
 from llm_code.module_interface.local_engine import LocalEngine, LocalOptions
 
 PROMPT_TOKENS = 165
-STEPS = 12  # of decoding; the first ones warm up
+STEPS = 9  # of decoding; the first ones warm up
 NEW_TOKENS = 96  # of the engine's answers
-WAYS = ("no adapter", "ours", "peft")
 HEADER = ("bits", "way", "rows", "ms a step", "ms of prompts", "engine, tokens/s", "its graphs", "GiB of weights")
 
 
@@ -48,7 +47,7 @@ def with_adapter(model: Any) -> Any:
 
 def ways_of(model: Any) -> Iterator[tuple[str, Any]]:
     """Name and model, one after the other: each changes the one before it."""
-    yield "no adapter", model
+    yield "base alone", model
     model = with_adapter(model)
     yield "peft", model
     fuse_for_inference(model)
@@ -90,21 +89,17 @@ def engine_rates(model: Any, all_rows: Sequence[int]) -> tuple[list[float], int]
         return rates, len(getattr(engine._worker.runner, "graphs", {}))
 
 
-def measure(folder: Path, bits: int, all_rows: Sequence[int]) -> list[list[str]]:
-    """Rows of the table for a model in 4 or 16 bits, by way."""
+def measure(folder: Path, bits: int, all_rows: Sequence[int]) -> Iterator[list[str]]:
+    """Lines of the table for a model in 4 or 16 bits."""
     model, _ = load_for_inference(folder, load_in_4bit=bits == 4, dtype="bfloat16")
-    lines: dict[str, list[list[str]]] = {}
     for way, current in ways_of(model):
-        lm = causal_model(current)
         synchronize()
         memory = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-        times = [step_times(lm, rows) for rows in all_rows]
+        times = [step_times(causal_model(current), rows) for rows in all_rows]
         rates, graphs = engine_rates(current, all_rows)
-        lines[way] = [
-            [str(bits), way, str(rows), f"{step:.1f}", f"{prompts:.1f}", f"{rate:,.0f}", str(graphs), f"{memory:.1f}"]
-            for rows, (step, prompts), rate in zip(all_rows, times, rates, strict=True)
-        ]
-    return [line for way in WAYS for line in lines[way]]
+        for rows, (step, prompts), rate in zip(all_rows, times, rates, strict=True):
+            speed = f"{rate:,.0f}" if rate > 0 else "-"  # none while all of them were answered at once
+            yield [str(bits), way, str(rows), f"{step:.1f}", f"{prompts:.1f}", speed, str(graphs), f"{memory:.1f}"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,15 +108,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--model", default="qwen-14b" if on_gpu else "tiny-qwen", help="of benchmarks.random_model")
-    parser.add_argument("--rows", default="1,7,8,64", help="at once, several with commas [%(default)s]")
+    parser.add_argument("--rows", default="1,8,64", help="at once, several with commas [%(default)s]")
     parser.add_argument("--bits", default="4,16", help="[%(default)s]")
     flags = parser.parse_args(arguments)
     folder = build(flags.folder.absolute(), flags.model)
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(f"{flags.model}, prompts of {PROMPT_TOKENS} tokens, {name}, torch {torch.__version__}\n", flush=True)
     all_rows = list(map(int, flags.rows.split(",")))
-    lines = [line for bits in flags.bits.split(",") for line in measure(folder, int(bits), all_rows)]
-    print("\n".join(markdown_table(HEADER, lines)))
+    print("\n".join(markdown_table(HEADER, [])))
+    for bits in flags.bits.split(","):
+        for line in measure(folder, int(bits), all_rows):
+            print(markdown_table(HEADER, [line])[-1], flush=True)
 
 
 if __name__ == "__main__":
