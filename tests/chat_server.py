@@ -69,3 +69,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Keep the test's stderr clean."""
+
+
+class ScriptedServer(ChatServer):
+    """Answers as `reply(body)` says: (status, text of the answer or of the error)."""
+
+    def __init__(self, reply):
+        super().__init__(None, None)
+        self.reply = reply
+
+    def answer(self, body):
+        with self.lock:
+            self.requests.append(body)
+        status, text = self.reply(body)
+        return status, {"choices": [{"message": {"content": text}}]} if status == 200 else {"error": {"message": text}}

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from threading import Event
 
 import pandas
 import pytest
@@ -16,15 +15,11 @@ from openpyxl import Workbook
 from finetune.errors import UserError
 from finetune.models import load_for_inference
 from llm_code.llm_evaluation import mmcu
-from llm_code.llm_evaluation.answering import Decoding, Prompt
 from llm_code.llm_evaluation.mmcu_data import find_data_dir, read_questions, read_shots, stem_of
 from llm_code.llm_evaluation.mmcu_prompts import prompt
-from llm_code.llm_evaluation.mmcu_report import verdict
-from llm_code.llm_evaluation.mmcu_statistics import by_subject, compare_runs, make_record, summarise
-from llm_code.llm_evaluation.service_answerer import Service
-from tests.chat_server import ChatServer
+from tests.chat_server import ChatServer, ScriptedServer
 from tests.service_process import ServiceProcess
-from tests.test_mmcu_scoring import ask as make_question
+from tests.test_mmcu_statistics import records_of
 from tests.tiny.build_mmcu import OTHERS, SUBJECTS, build_mmcu
 
 FILES = ("answers.jsonl", *SUBJECTS, *OTHERS)
@@ -91,59 +86,6 @@ def test_a_nested_folder_is_found_and_other_data_is_refused(data, tmp_path):
         read_questions(tmp_path)
     with pytest.raises(UserError, match="expected worked examples for --ntrain 5"):
         read_shots(tmp_path, 5)
-
-
-def records_of(rows):
-    """Records of (domain, subject, answer cell, the model's answer)."""
-    return [
-        make_record(make_question(domain=domain, subject=subject, number=i, answer=gold), text, text)
-        for i, (domain, subject, gold, text) in enumerate(rows)
-    ]
-
-
-def test_scores_by_hand():
-    rows = [
-        ("医疗", "病理学", "A", "A"),
-        ("医疗", "病理学", "AB", "BA"),
-        ("医疗", "病理学", "C", "不知道"),
-        ("医疗", "药理学", "B", "答案：B"),
-        ("法律", "法律", "BD", "D、B"),
-        ("法律", "法律", "C\n", "C"),
-    ]
-    records = records_of(rows)
-    assert [record["official_correct"] for record in records] == [True, False, False, True, False, False]
-    assert [record["correct"] for record in records] == [True, True, False, True, True, True]
-    official, strict = summarise(records, "official"), summarise(records, "strict")
-    assert official["domains"]["医疗"]["macro"] == pytest.approx((1 / 3 + 1) / 2)
-    assert official["overall"]["macro"] == pytest.approx(((1 / 3 + 1) / 2 + 0) / 2)
-    assert official["overall"]["accuracy"]["value"] == pytest.approx(2 / 6)
-    assert strict["overall"]["macro"] == pytest.approx(((2 / 3 + 1) / 2 + 1) / 2)
-    assert (strict["overall"]["single"]["correct"], strict["overall"]["single"]["total"]) == (3, 4)
-    assert (strict["overall"]["several"]["correct"], strict["overall"]["several"]["total"]) == (2, 2)
-    assert (official["overall"]["invalid"], strict["overall"]["invalid"]) == (1, 1)
-    lines = mmcu.subject_file(by_subject(records)["病理学"])
-    assert lines == "A|||A|||True\nBA|||AB|||False\n未成功回答|||C|||False\nAverage accuracy 0.333 - 病理学\n"
-    # a line end in the answer cell stays in the file, as the benchmark's script leaves it
-    assert "C|||C\n|||False\n" in mmcu.subject_file(by_subject(records)["法律"])
-
-
-def test_comparison_by_hand():
-    ours = records_of([("法律", "法律", "A", "A")] * 6 + [("心理", "心理", "A", "A"), ("心理", "心理", "A", "B")])
-    theirs = records_of([("法律", "法律", "A", "B")] * 6 + [("心理", "心理", "A", "B"), ("心理", "心理", "A", "A")])
-    found = compare_runs(ours, theirs, "other")
-    law, mind = found["strict"]["subjects"]["法律"], found["strict"]["subjects"]["心理"]
-    assert law["mcnemar_exact_p"] == pytest.approx(2 / 64) and law["holm_p"] == pytest.approx(4 / 64)
-    assert mind["mcnemar_exact_p"] == mind["holm_p"] == 1
-    overall = found["strict"]["overall"]
-    assert overall["difference"] == pytest.approx(6 / 8)
-    # 7 against 1: 2 (1 + 8) / 2^8
-    assert overall["mcnemar_exact_p"] == pytest.approx(18 / 256)
-    assert verdict(found).startswith("No difference beyond chance")
-    clear = compare_runs(ours[:6], theirs[:6], "other")
-    assert verdict(clear).startswith("This run is better")
-    assert verdict(compare_runs(theirs[:6], ours[:6], "other")).startswith("This run is worse")
-    with pytest.raises(UserError, match="other: expected the same questions for both models, found 6 and 8"):
-        compare_runs(ours[:6], theirs, "other")
 
 
 def arguments(data, save_dir, *options):
@@ -247,76 +189,6 @@ def test_a_busy_service_is_asked_again_and_a_refusal_is_told(tiny_qwen, tmp_path
         with pytest.raises(UserError, match="HTTP 401.*turned off.*API_KEY"):
             run(tmp_path / "refused", "--answer", "service", "--service_url", server.url, *limits)
     assert len(mmcu.read_answers(tmp_path / "busy")) == 5
-
-
-class ScriptedServer(ChatServer):
-    """Answers as `reply(body)` says: (status, text of the answer or of the error)."""
-
-    def __init__(self, reply):
-        super().__init__(None, None)
-        self.reply = reply
-
-    def answer(self, body):
-        with self.lock:
-            self.requests.append(body)
-        status, text = self.reply(body)
-        return status, {"choices": [{"message": {"content": text}}]} if status == 200 else {"error": {"message": text}}
-
-
-def answers_of(service, texts):
-    """{number: answer} until the error, and the error."""
-    prompts, answers = [Prompt(text) for text in texts], {}
-    try:
-        for pairs in service.answer(prompts, service.plan(prompts)):
-            answers |= dict(pairs)
-    except UserError as error:
-        return answers, error
-    return answers, None
-
-
-def test_a_service_is_asked_without_the_checkpoints_penalty_and_limit():
-    with ScriptedServer(lambda body: (200, "A")) as server:
-        service = Service(server.url, Decoding(4))
-        assert answers_of(service, ["问"]) == ({0: "A"}, None)
-        [body] = server.requests
-        assert body["repetition_penalty"] == 1 and body["top_k"] == -1
-        assert service.identity([])["repetition_penalty"] == 1
-
-
-def test_a_server_of_the_plain_protocol_is_asked_in_it(capsys):
-    def reply(body):
-        return (400, "Unrecognized request argument supplied: top_k") if "top_k" in body else (200, "A")
-
-    with ScriptedServer(reply) as server:
-        assert answers_of(Service(server.url, Decoding(4), concurrency=1), ["一", "二"]) == ({0: "A", 1: "A"}, None)
-        assert ["top_k" in body for body in server.requests] == [True, False, False]
-    assert "refuses repetition_penalty, top_k" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words", ["context_length_exceeded", "This model's maximum context length is 256 tokens."])
-def test_a_question_that_does_not_fit_is_named_when_the_others_are_answered(words):
-    def reply(body):
-        return (400, words) if len(body["messages"][0]["content"]) > 9 else (200, "A")
-
-    with ScriptedServer(reply) as server:
-        answers, error = answers_of(Service(server.url, Decoding(4)), ["一", "长" * 99, "二", "三"])
-        assert answers == {0: "A", 2: "A", 3: "A"} and len(server.requests) == 4
-    assert "1 of 4 questions do not fit the service's context, first question 2, '长长" in str(error)
-
-
-def test_a_refusal_keeps_what_is_on_its_way_and_a_vain_retry_is_left_out():
-    refused = Event()
-
-    def reply(body):
-        if body["messages"][0]["content"] == "坏问题":
-            refused.set()
-            return 504, "not finished within 600 seconds"
-        return (200, "A") if refused.wait(10) and not time.sleep(0.3) else (500, "never")
-
-    with ScriptedServer(reply) as server:
-        answers, error = answers_of(Service(server.url, Decoding(4), concurrency=3), ["坏问题", "一", "二", "三", "四"])
-        assert {1: "A", 2: "A"}.items() <= answers.items() and "HTTP 504" in str(error)
-        assert sum(body["messages"][0]["content"] == "坏问题" for body in server.requests) == 1
 
 
 def test_records_are_read_line_feed_by_line_feed(tmp_path):

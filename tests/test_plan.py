@@ -1,9 +1,7 @@
-"""The plan's arithmetic against sums written out by hand and against what an H100 measured; its command line."""
+"""The plan's arithmetic against sums written out by hand and against what an H100 measured."""
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,63 +233,12 @@ def test_rows_are_counted_in_the_file(tmp_path: Path) -> None:
         plan.rows_of_file(str(path), 100)
 
 
-def run_plan(*flags: str, price: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-X", "importtime", "-m", "finetune.plan", *flags]
-    environment = {"PATH": "/usr/bin:/bin", "PRICE_PER_HOUR": price}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-
-
-def test_the_command_line_prints_the_tables() -> None:
-    flags = "--method full --model baichuan2-7b --gpu A100-80G --num_gpus 2 --rows 77250 --mean_tokens 330".split()
-    result = run_plan(*flags, "--max_seq_length", "512", price="10")
-    assert result.returncode == 0, result.stderr
-    assert all(
-        word in result.stdout for word in ("3-offload", "<- choice", "gradients", "14 hours", "disk:", "price: 10")
-    )
-    assert not any(name in result.stderr for name in ("| torch", "transformers", "numpy"))
-
-
-def test_the_command_line_says_what_to_do_when_nothing_fits() -> None:
-    result = run_plan("--model", "Qwen-14B-Chat", "--gpu", "T4", "--rows", "100", "--mean_tokens", "50")
-    assert result.returncode == 1
-    assert "nothing fits on 1 x T4" in result.stdout and "A40" in result.stdout
-    unknown = run_plan("--model", "qwen-14b", "--gpu", "A1000-80G", "--rows", "100", "--mean_tokens", "50")
-    assert unknown.returncode == 2 and "did you mean `A100-80G`" in unknown.stderr
-    assert "qwen-7b" in run_plan("--model", "nowhere").stderr
-
-
-def printed(capsys: pytest.CaptureFixture, *more: str) -> str:
-    flags = ["--model", "qwen-14b", "--gpu", "A40", "--rows", "2000", "--mean_tokens", "160"]
-    plan.main([*flags, "--train_args_file", str(REPOSITORY / "qwen_qlora/config/qwen-14b-qlora.json"), *more])
-    return capsys.readouterr().out
-
-
-def test_the_plan_follows_what_the_experiment_fixes(capsys: pytest.CaptureFixture) -> None:
-    plain = printed(capsys)
-    short = printed(capsys, "--max_steps", "10")
-    assert "max_steps 10, " in short and ": 10 updates" in short
-    assert "at most 1,024 tokens" in printed(capsys, "--tokens_per_micro_batch", "1024")
-    assert "0 of 40 layers not recomputed" in printed(capsys, "--recompute_layers", "40")
-    assert "rows: 1,000 of" in printed(capsys, "--eval_split_percentage", "50")
-    limited = printed(capsys, "--memory_limit_gib", "24")
-    needed = [float(line.split()[8]) for line in limited.splitlines() if "<- choice" in line]
-    assert needed and needed[0] <= 24 and f"{24 * 0.94:.1f}" in limited
-    smaller = printed(capsys, "--optim", "paged_adamw_8bit")
-    assert "of 3.0 GB" in plain and "of 1.5 GB" in smaller  # 249 M numbers of 6 bytes, not of 12
-    assert "the best one" in printed(capsys, "--eval_split_percentage", "5")
-
-
 def test_a_row_longer_than_a_fixed_budget_is_counted() -> None:
     card, room = named_gpu("4090"), plan_options.usable_bytes(named_gpu("4090"))
     budget = choose_qlora_budget(QWEN, 64, card, room, 2048, 8000, tokens=512)
     assert budget.tokens == 512 and budget.layers_kept < 40
     assert total(qlora_memory(QWEN, 64, 2048, budget.layers_kept)) <= room
     assert total(qlora_memory(QWEN, 64, 2048, budget.layers_kept + 1)) > room
-
-
-def test_advice_counts_the_rank_that_is_asked_for(capsys: pytest.CaptureFixture) -> None:
-    text = printed(capsys, "--gpu", "4090", "--lora_rank", "1024")
-    assert "nothing fits on 1 x RTX-4090" in text and "RTX-4090" not in text.split("Cards on which it fits:")[1]
 
 
 @pytest.mark.parametrize(
@@ -309,118 +256,3 @@ def test_advice_counts_the_rank_that_is_asked_for(capsys: pytest.CaptureFixture)
 def test_a_short_name_is_a_whole_model(name: str, found: str | None) -> None:
     card = named_gpu(name)
     assert (card and card.name) == found
-
-
-def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, status: int = 0) -> None:
-    program = folder / "nvidia-smi"
-    program.write_text(f"#!/bin/bash\necho '{text}'\nexit {status}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-
-def test_cards_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_nvidia_smi(tmp_path, monkeypatch, "NVIDIA A100-SXM4-80GB, 81920")
-    assert plan.gpus_here() == (named_gpu("A100-80G"), 1)
-    fake_nvidia_smi(tmp_path, monkeypatch, "No devices were found", 6)
-    assert plan.gpus_here() == (None, 0)
-    fake_nvidia_smi(tmp_path, monkeypatch, "NVIDIA vGPU-32GB, 32768")
-    with pytest.raises(UserError, match="vGPU-32GB is not a card known here.*GPU=A40"):
-        plan.gpus_here()
-
-
-@pytest.mark.parametrize(
-    ("line", "name", "gib", "like"),
-    [
-        ("NVIDIA GeForce RTX 4090, 49140", "RTX-4090-48G", 47.4, "4090"),  # as its makers in China solder it
-        ("NVIDIA H20-3e, 143771", "H20-140G", 139.8, "H20"),
-        ("NVIDIA GeForce RTX 4090, 24564", "RTX-4090", 23.5, "4090"),
-        ("NVIDIA H100 80GB HBM3, 81559", "H100-80G", 79.2, "H100"),
-    ],
-)
-def test_a_card_found_has_its_own_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, name: str, gib: float, like: str
-) -> None:
-    fake_nvidia_smi(tmp_path, monkeypatch, line)
-    gpu, _ = plan.gpus_here()
-    assert gpu.memory_gib == pytest.approx(gib, abs=0.05)
-    assert gpu == replace(named_gpu(like), name=name, memory_gib=gpu.memory_gib)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("NVIDIA GH200 480GB, 97871", "NVIDIA GH200 480GB is not a card known here"),
-        ("NVIDIA GB10, [N/A]", r"nvidia-smi tells no memory of NVIDIA GB10: \[N/A\]. Plan with a similar one"),
-    ],
-)
-def test_a_card_that_cannot_be_planned_for_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
-) -> None:
-    fake_nvidia_smi(tmp_path, monkeypatch, line)
-    with pytest.raises(UserError, match=message):
-        plan.gpus_here()
-
-
-@pytest.mark.parametrize("text", ["2,82", "-1", "nan"])
-def test_a_price_is_an_amount(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRICE_PER_HOUR", text)
-    with pytest.raises(UserError, match="PRICE_PER_HOUR: expected an amount"):
-        plan.main(["--model", "qwen-14b", "--gpu", "A40", "--rows", "10", "--mean_tokens", "9"])
-
-
-@pytest.mark.parametrize("flags", [["--rows", "-5", "--mean_tokens", "9"], ["--rows", "5", "--mean_tokens", "nan"]])
-def test_impossible_rows_are_refused(flags: list[str]) -> None:
-    with pytest.raises(UserError, match="must be at least 1, found"):
-        plan.main(["--model", "qwen-14b", "--gpu", "A40", *flags])
-
-
-def warmup_notes(capsys: pytest.CaptureFixture, *flags: str) -> list[str]:
-    plan.main(list(flags))
-    return [line for line in capsys.readouterr().out.splitlines() if "warmup_steps" in line]
-
-
-def test_shipped_warm_ups_longer_than_the_bundled_rows_are_said(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(REPOSITORY)
-    qwen = "--model qwen-14b --gpu A40 --train_args_file qwen_qlora/config/qwen-14b-qlora.json".split()
-    (note,) = warmup_notes(capsys, *qwen)
-    assert (
-        "300 warmup_steps, 125 updates: learning rate 5e-05 is never reached" in note
-        and 'ARGS="--warmup_steps 4"' in note
-    )
-    baichuan = "--method full --model baichuan2-7b --gpu A100-80G --num_gpus 2 --train_args_file".split()
-    (note,) = warmup_notes(capsys, *baichuan, "llm_code/training_config/baichuan2_config.json")
-    assert (
-        "200 warmup_steps, 8 updates: learning rate 1e-05 is never reached" in note
-        and 'ARGS="--warmup_steps 1"' in note
-    )
-    # Also where nothing fits, and not where the advice was taken or the walkthrough's own rows are meant.
-    assert len(warmup_notes(capsys, *qwen, "--gpu", "T4")) == 1
-    for more in (["--warmup_steps", "4"], ["--rows", "77250", "--mean_tokens", "74"]):
-        assert not warmup_notes(capsys, *qwen, *more)
-
-
-@pytest.mark.parametrize(
-    ("warmup", "updates", "words"),
-    [
-        (0, 100, None),
-        (50, 100, None),
-        (51, 100, "is reached late"),
-        (99, 100, "is reached late"),
-        (100, 100, "is never reached"),
-        (300, 0, None),
-    ],
-)
-def test_a_warm_up_is_compared_with_the_updates(warmup: int, updates: int, words: str | None) -> None:
-    note = plan_options.warmup_note(TrainArguments(warmup_steps=warmup), updates)
-    assert (note is None) if words is None else words in note
-
-
-def test_the_advised_warm_up_reaches_the_rate() -> None:
-    for updates in range(1, 200):
-        advised = int(plan_options.warmup_note(TrainArguments(warmup_steps=300), updates).split('"')[1].split()[1])
-        assert plan_options.warmup_note(TrainArguments(warmup_steps=advised), updates) is None
-        assert advised >= 1 or updates == 1
-    assert plan_options.warmup_note(TrainArguments(warmup_steps=300, lr_scheduler_type="constant"), 10) is None
