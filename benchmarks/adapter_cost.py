@@ -1,6 +1,6 @@
 """What a LoRA adapter beside its base costs in inference: decoding steps and prompts, in 4 and in 16 bits.
 
-    python -m benchmarks.adapter_cost FOLDER [--model qwen-14b] [--rows 1,8,64]    # tiny-qwen where there is no card
+    python -m benchmarks.adapter_cost FOLDER [--model qwen-14b] [--rows 1,8,32]    # tiny-qwen where there is no card
 
 Three ways: the base alone; the adapter as load_for_inference adds it, before an output is rounded; peft's own sum of
 rounded outputs. First by transformers' forward with a growing cache, as evaluation runs it; then by the local engine,
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--model", default="qwen-14b" if on_gpu else "tiny-qwen", help="of benchmarks.random_model")
-    parser.add_argument("--rows", default="1,8,64", help="at once, several with commas [%(default)s]")
+    parser.add_argument("--rows", default="1,8,32", help="at once, several with commas [%(default)s]")
     parser.add_argument("--bits", default="4,16", help="[%(default)s]")
     flags = parser.parse_args(arguments)
     folder = build(flags.folder.absolute(), flags.model)

@@ -28,9 +28,7 @@ Product = Callable[[nn.Linear, Tensor, Tensor, Tensor], Tensor]
 
 def ours(base: nn.Linear, x_TI: Tensor, low_TR: Tensor, b_OR: Tensor) -> Tensor:
     """As finetune.projection computes it."""
-    wide_TK = widened(x_TI, RANK)
-    wide_TK[:, x_TI.shape[1] :] = low_TR
-    return Frozen(base).forward(wide_TK, b_OR)
+    return Frozen(base).forward(widened(x_TI, low_TR, RANK), b_OR)
 
 
 def added_to(base: nn.Linear, x_TI: Tensor, low_TR: Tensor, b_OR: Tensor) -> Tensor:

@@ -63,8 +63,10 @@ class Frozen:
         Added to a product that is already rounded, an adapter's first terms are lost: they are smaller than half of its
         last place (benchmarks.small_terms). On an H100 that is so for addmm too, whose kernel rounds before it adds.
         """
-        bias = None if self.base.bias is None else self.base.bias.to(wide_TK.dtype)
-        return functional.linear(wide_TK, self.widened_weight(b_OR, wide_TK), bias)
+        weight_OK = self.widened_weight(b_OR, wide_TK.shape[1] - self.base.in_features, wide_TK.dtype)
+        return functional.linear(
+            wide_TK, weight_OK, None if self.base.bias is None else self.base.bias.to(wide_TK.dtype)
+        )
 
     def few_rows(self, x_TI: Tensor) -> Tensor:
         """x W^T + bias in float32, unrounded, for x in float32 and a 4-bit weight.
@@ -76,13 +78,14 @@ class Frozen:
         output_TO = matmul_4bit(x_TI, self.base.weight, quant_state=self.base.weight.quant_state)
         return output_TO if self.base.bias is None else output_TO + self.base.bias
 
-    def widened_weight(self, b_OR: Tensor, wide_TK: Tensor) -> Tensor:
-        """(O, K): W, B, zeros; of the dtype and width of `wide_TK`."""
+    def widened_weight(self, b_OR: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        """(O, K): W, and in K - I = `columns` columns B and zeros."""
         inputs, rank = self.base.in_features, b_OR.shape[1]
-        weight_OK = wide_TK.new_empty(self.base.out_features, wide_TK.shape[1])
+        weight_OK = b_OR.new_empty(self.base.out_features, inputs + columns, dtype=dtype)
         self._fill_dense(weight_OK[:, :inputs])
         weight_OK[:, inputs : inputs + rank] = b_OR
-        weight_OK[:, inputs + rank :] = 0
+        if rank < columns:
+            weight_OK[:, inputs + rank :] = 0
         return weight_OK
 
     def add_input_gradient(self, total_TI: Tensor, grad_TO: Tensor) -> Tensor:
@@ -103,13 +106,17 @@ class Frozen:
         return out_OI.copy_(dense_weight(self.base, out_OI.dtype))
 
 
-def widened(x_TI: Tensor, rank: int) -> Tensor:
-    """(T, K): x, and columns for `rank` numbers more a row, zeros at first.
+def columns_behind(rank: int) -> int:
+    """So many that a row begins at a multiple of 16 numbers: products and kernels are slower where it does not."""
+    return math.ceil(rank / 16) * 16
 
-    K - I is a multiple of 16: with rows that begin anywhere products and kernels are slower.
-    """
+
+def widened(x_TI: Tensor, low_TR: Tensor, largest_rank: int) -> Tensor:
+    """(T, K): x, low and zeros in the columns that `largest_rank` needs."""
+    padding = columns_behind(largest_rank) - low_TR.shape[1]
+    more = [x_TI.new_zeros(len(x_TI), padding)] if padding else []
     # cat copies as fast as the memory is; an assignment to columns of a new tensor takes 1.7 times as long.
-    return torch.cat([x_TI, x_TI.new_zeros(len(x_TI), math.ceil(rank / 16) * 16)], 1)
+    return torch.cat([x_TI, low_TR, *more], 1)
 
 
 def fp8_input_gradient(layers: Sequence[Frozen], grads_TO: Sequence[Tensor]) -> Tensor:

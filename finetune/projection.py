@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from finetune.dropout import draw_seed, dropout
-from finetune.frozen import FEW_ROWS, Frozen, fp8_input_gradient, widened
+from finetune.frozen import FEW_ROWS, Frozen, columns_behind, fp8_input_gradient, widened
 from finetune.nf4 import is_4bit, keep_layout
 from finetune.recipes import split_recipe
 
@@ -70,8 +70,12 @@ def fuse_projections(model: "PeftModel", fp8_backward: bool = False) -> int:
 
 
 def _groups(layers: dict[str, nn.Module]) -> list[tuple[str, ...]]:
-    """Names of the layers by common input: those of SHARED_INPUTS together where all are there, others alone."""
+    """Names of the layers by common input: those of SHARED_INPUTS together where all are there, others alone.
+
+    Alone, too, where their adapters are scaled differently (peft's alpha_pattern).
+    """
     together = [group for group in SHARED_INPUTS if all(key in layers for key in group)]
+    together = [group for group in together if len({_scaling(layers[key]) for key in group}) == 1]
     grouped = {key for group in together for key in group}
     return together + [(key,) for key in layers if key not in grouped]
 
@@ -114,7 +118,7 @@ class SharedInput:
             return module._peft_forward(x, *args, **kwargs)
         if x is not self._input or module not in self._waiting:
             alone = x is self._input
-            members = [module] if alone else [member for member in self._frozen if _active_adapter(member)]
+            members = [module] if alone else [member for member in self._frozen if _scaling(member) == _scaling(module)]
             # None where the pass ends in here: recomputation and a lack of memory both raise, and must hold nothing.
             self._input = None
             self._waiting.update(zip(members, self._outputs(members, x), strict=True))
@@ -154,12 +158,12 @@ class _Widened:
     def __init__(self, module: nn.Module) -> None:
         name, self._base = _active_adapter(module), module.get_base_layer()
         weight_OI, b_OR = self._base.weight.data, module.lora_B[name].weight.detach()
-        self._weight_OK = Frozen(self._base).widened_weight(b_OR, widened(weight_OI[:1], b_OR.shape[1]))
-        self._base.weight.data = self._weight_OK[:, : self._base.in_features]
         a_RI = module.scaling[name] * module.lora_A[name].weight.detach()
-        # As many rows as there are columns behind W: what B has no column for is multiplied with zeros.
-        padding = self._weight_OK.shape[1] - self._base.in_features - len(a_RI)
-        self._a_SI = functional.pad(a_RI, (0, 0, 0, padding)).to(weight_OI.dtype)
+        columns = columns_behind(len(a_RI))
+        self._weight_OK = Frozen(self._base).widened_weight(b_OR, columns, weight_OI.dtype)
+        self._base.weight.data = self._weight_OK[:, : self._base.in_features]
+        # A row for each column behind W: what B has no column for is multiplied with zeros.
+        self._a_SI = functional.pad(a_RI, (0, 0, 0, columns - len(a_RI))).to(weight_OI.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.to(self._weight_OK.dtype)
@@ -200,11 +204,8 @@ def _outputs(members: Sequence[nn.Module], frozen: Sequence[Frozen], x: Tensor) 
     pairs = list(zip(members, names, strict=True))
     drop = members[0].lora_dropout[names[0]]
     matrices = [member.lora_A[name].weight for member, name in pairs]
-    group = Group(
-        frozen,
-        [member.scaling[name] for member, name in pairs],
-        drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0,
-    )
+    probability = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+    group = Group(frozen, members[0].scaling[names[0]], probability)
     dtype = _compute_dtype(frozen[0].base, x)
     matrices += [member.lora_B[name].weight for member, name in pairs]
     return [output.to(x.dtype) for output in Projections.apply(x.to(dtype), group, *matrices)]
@@ -214,6 +215,12 @@ def _active_adapter(module: nn.Module) -> str | None:
     """Name of the one adapter that is added to the base, None where there are several, none, or a merged one."""
     names = [name for name in module.active_adapters if name in module.lora_A]
     return names[0] if len(names) == 1 and not module.disable_adapters and not module.merged else None
+
+
+def _scaling(module: nn.Module) -> float | None:
+    """lora_alpha / lora_rank or what else peft has made of them; None without one active adapter."""
+    name = _active_adapter(module)
+    return None if name is None else module.scaling[name]
 
 
 def _compute_dtype(base: nn.Module, x: Tensor) -> torch.dtype:
@@ -227,7 +234,7 @@ class Group:
     """What the projections of one input are multiplied with, besides their LoRA matrices."""
 
     frozen: Sequence[Frozen]
-    scalings: Sequence[float]
+    scaling: float
     dropout: float
 
     @property
@@ -248,13 +255,14 @@ class Projections(torch.autograd.Function):
         ctx.compute, sources = split_recipe(x)
         ctx.num_sources = len(sources)
         ctx.seed = draw_seed() if group.dropout else 0
-        a_SI = _stacked(matrices[:count], group, x.dtype)
-        low_TS = dropout(x_TI, group.dropout, ctx.seed) @ a_SI.T
-        outputs, lows, inputs = [], _parts(low_TS, matrices[:count], 1), x.shape[-1]
-        wide_TK = widened(x_TI, max(low_TR.shape[1] for low_TR in lows))
-        for frozen, low_TR, b_OR in zip(group.frozen, lows, matrices[count:], strict=True):
-            # What a larger rank before left behind these columns is multiplied with zeros.
-            wide_TK[:, inputs : inputs + low_TR.shape[1]] = low_TR
+        a_SI = _stacked(matrices[:count], x.dtype)
+        low_TS = x_TI.new_empty(len(x_TI), len(a_SI))
+        _scaled_product(low_TS, dropout(x_TI, group.dropout, ctx.seed), a_SI.T, group.scaling)
+        outputs, lows = [], _parts(low_TS, matrices[:count], 1)
+        wide_TK = widened(x_TI, lows[0], max(map(len, matrices[:count])))
+        for number, (frozen, low_TR, b_OR) in enumerate(zip(group.frozen, lows, matrices[count:], strict=True)):
+            if number:  # what a larger rank before left behind these columns is multiplied with zeros
+                wide_TK[:, x.shape[-1] : x.shape[-1] + low_TR.shape[1]] = low_TR
             output_TO = frozen.forward(wide_TK, b_OR)
             outputs.append(output_TO.view(*x.shape[:-1], -1))
         ctx.save_for_backward(*sources, low_TS, *matrices)
@@ -270,14 +278,16 @@ class Projections(torch.autograd.Function):
         group, dtype, count = ctx.group, x_TI.dtype, len(ctx.group.frozen)
         b_list = matrices[count:]
         grads_TO = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
-        grad_low_TS = torch.cat([grad @ b_OR.to(dtype) for grad, b_OR in zip(grads_TO, b_list, strict=True)], 1)
+        grad_low_TS = torch.empty_like(low_TS)
+        for part, grad, b_OR in zip(_parts(grad_low_TS, matrices[:count], 1), grads_TO, b_list, strict=True):
+            _scaled_product(part, grad, b_OR.to(dtype), group.scaling)
         lows = _parts(low_TS, matrices[:count], 1)
         grads_b = [(grad.T @ low).to(b.dtype) for grad, low, b in zip(grads_TO, lows, b_list, strict=True)]
         grad_a_SI = (grad_low_TS.T @ dropout(x_TI, group.dropout, ctx.seed)).to(matrices[0].dtype)
-        grads_a = [part * s for part, s in zip(_parts(grad_a_SI, matrices[:count], 0), group.scalings, strict=True)]
+        grads_a = _parts(grad_a_SI, matrices[:count], 0)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            a_SI = _stacked(matrices[:count], group, dtype)
+            a_SI = _stacked(matrices[:count], dtype)
             grad_x = _input_gradient(group, grads_TO, grad_low_TS, a_SI, ctx.seed).view(ctx.shape)
         return grad_x, None, *grads_a, *grads_b
 
@@ -300,8 +310,11 @@ def _parts(whole: Tensor, a_list: Sequence[Tensor], dim: int) -> tuple[Tensor, .
     return whole.split([len(a_RI) for a_RI in a_list], dim)
 
 
-def _stacked(matrices: Sequence[Tensor], group: Group, dtype: torch.dtype) -> Tensor:
-    """(S, I): every A times its scaling, one below the other."""
-    if len(set(group.scalings)) > 1:
-        matrices = [matrix * (s / group.scalings[0]) for matrix, s in zip(matrices, group.scalings, strict=True)]
-    return (torch.cat(list(matrices)) * group.scalings[0]).to(dtype)
+def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(S, I): the A of a group one below the other."""
+    return (matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))).to(dtype)
+
+
+def _scaled_product(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    """out = scaling * left right, rounded once; `out` may be columns of a wider tensor."""
+    out.addmm_(left, right, beta=0, alpha=scaling)

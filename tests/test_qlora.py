@@ -63,7 +63,7 @@ def test_trainable_parameters_are_the_adapters_in_float32(checkpoint):
 
 def projected(x, a, b, base, scaling, rate):
     """One projection with its LoRA, by the fused function."""
-    (output,) = Projections.apply(x, Group([Frozen(base)], [scaling], rate), a, b)
+    (output,) = Projections.apply(x, Group([Frozen(base)], scaling, rate), a, b)
     return output
 
 
@@ -80,6 +80,26 @@ def test_fused_equals_peft_in_loss_and_gradients(quantised, recomputed):
     (expected, expected_grads), (loss, grads) = results
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert grads.keys() == expected_grads.keys() and len(grads) == 28
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("rescaled_after", [False, True])
+def test_adapters_that_are_scaled_differently_equal_peft(quantised, rescaled_after):
+    batch = collate(random_samples(LENGTHS))
+    results = []
+    for fuse in (False, True):
+        model = adapted(quantised)
+        layer = model.get_decoder().layers[0]
+        if fuse and rescaled_after:
+            fuse_projections(model)
+        for module, factor in ((layer.self_attn.k_proj, 3.0), (layer.mlp.gate_proj, 0.3)):
+            module.scale_layer(factor)
+        assert not fuse or rescaled_after or fuse_projections(model) == 14
+        loss = model(**batch).loss
+        results.append((loss, gradients(model, loss)))
+    (expected, expected_grads), (loss, grads) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-4, msg=name)
 
@@ -181,9 +201,8 @@ def test_projections_of_one_input_equal_the_formula_each():
     x = torch.randn(5, 16, requires_grad=True)
     a = [torch.randn(rank, 16, requires_grad=True) for rank in (4, 2, 3)]
     b = [torch.randn(base.out_features, len(one), requires_grad=True) for base, one in zip(bases, a, strict=True)]
-    scalings = (0.5, 1.0, 2.0)
-    expected = [base(x) + s * x @ p.T @ q.T for base, s, p, q in zip(bases, scalings, a, b, strict=True)]
-    group = Group([Frozen(base) for base in bases], scalings, 0.0)
+    expected = [base(x) + 0.3 * x @ p.T @ q.T for base, p, q in zip(bases, a, b, strict=True)]
+    group = Group([Frozen(base) for base in bases], 0.3, 0.0)
     outputs = Projections.apply(x, group, *a, *b)
     for output, want in zip(outputs, expected, strict=True):
         torch.testing.assert_close(output, want, rtol=1e-5, atol=1e-5)
@@ -367,7 +386,7 @@ def test_emulated_fp8_is_off_by_what_the_format_rounds(which):
     x, a, b = torch.randn(64, 256, requires_grad=True), torch.randn(8, 256), torch.zeros(192, 8)
     results = []
     for kind in (Frozen, KINDS[which]):
-        (output,) = Projections.apply(x, Group([kind(base)], [1.0], 0.0), a, b)
+        (output,) = Projections.apply(x, Group([kind(base)], 1.0, 0.0), a, b)
         results.append([output, *torch.autograd.grad(output, [x], output.detach().square())])
     errors = [((rounded - exact).norm() / exact.norm()).item() for exact, rounded in zip(*results, strict=True)]
     # Three bits behind the point: 2^-4 at most and about 2.6 % in norm for each factor.
