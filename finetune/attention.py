@@ -79,11 +79,22 @@ def padding_free_attention(
     if query.shape[0] != 1 or extras:
         found = f"a model that uses {extras[0]}" if extras else f"{query.shape[0]} batch rows"
         raise UserError(f"padding-free attention expects one batch row and plain causal attention, found {found}.")
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and not dropout:
+    if _has_varlen_kernel(query) and not dropout:
         output = attend_varlen(query, key, value, cu_seq_lens_q, int(max_length_q), scaling, sliding_window)
     else:
         output = attend_rows(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout)
     return output, None
+
+
+def _has_varlen_kernel(query: Tensor) -> bool:
+    """Flash attention's: 16 bits, heads of at most 256, cards from Ampere on."""
+    fits = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    return fits and _computes_bfloat16(query.device.index)
+
+
+@lru_cache
+def _computes_bfloat16(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 @lru_cache(maxsize=1)

@@ -57,6 +57,7 @@ class CheckpointingTrainer(Trainer, ABC):
 
     plan: RunPlan
     progress: Progress
+    _saved: tuple[int, int | None] | None = None  # update of the checkpoint written last, and of the best one
 
     def _get_output_dir(self, trial: Any) -> str:
         # transformers writes, rotates and looks for the best checkpoint below this folder. It gets the one where
@@ -67,6 +68,8 @@ class CheckpointingTrainer(Trainer, ABC):
         """Write aside on all ranks, then rank 0 publishes and removes what save_total_limit no longer allows."""
         self._refuse_ruined_weights()
         step = self.state.global_step
+        if self._saved == (step, self.state.best_global_step):
+            return  # an update that was the best one, or due, and is the epoch's last
         written = saving.aside_dir(self.args.output_dir) / f"checkpoint-{step}"
         target = saving.checkpoint_dir(self.args.output_dir, step)
         super()._save_checkpoint(model, trial)
@@ -79,6 +82,7 @@ class CheckpointingTrainer(Trainer, ABC):
             self.state.save_to_json(str(written / "trainer_state.json"))
             self._publish(written, target)
             saving.rotate(self.args.output_dir, self.plan.save_total_limit, best)
+        self._saved = (step, self.state.best_global_step)
         self._barrier()
 
     def _refuse_ruined_weights(self) -> None:

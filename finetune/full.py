@@ -14,7 +14,7 @@ from finetune.prepare import say
 from finetune.room import Method, Room
 from finetune.saving import check_host_memory
 from finetune.speed import Budget, choose_full_budget, full_flops_per_token, full_update_seconds, layers_allowed
-from finetune.zero import join_group, stage_of
+from finetune.zero import check_final_weights, join_group, stage_of
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def full_method(arguments: Arguments) -> Method:
     """The method for the DeepSpeed file (or none) that the arguments name. Raises UserError for an unusable file."""
     stage = stage_of(arguments.train.deepspeed)
+    check_final_weights(arguments.train.deepspeed, arguments.train.save_strategy)
     model_dir = arguments.model.model_name_or_path
     norm_head = bool(model_dir) and has_norm_head(model_dir)
     return Method(

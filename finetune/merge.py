@@ -105,8 +105,9 @@ def merge_adapter(model_name_or_path: str | Path, adapter_name_or_path: str | Pa
     Raises UserError on an adapter of another base, one that has no exact merge, a full disk, a foreign folder at
     save_path, or a result whose logits differ from base + adapter.
     """
-    model_dir, adapter_dir, save_path = check_model_dir(model_name_or_path), Path(adapter_name_or_path), Path(save_path)
-    if (save_path / ADAPTER_CONFIG).exists() or save_path.resolve() == model_dir.resolve():
+    model_dir, adapter_dir = check_model_dir(model_name_or_path), Path(adapter_name_or_path)
+    save_path = Path(save_path).resolve()  # of a link: what is written beside it is then on the same disk
+    if (save_path / ADAPTER_CONFIG).exists() or save_path == model_dir.resolve():
         raise UserError(f"--save_path {save_path}: expected a new folder, found the adapter's or the base model's.")
     check_adapter(adapter_dir, model_dir)
     plan = {"model_fingerprint": fingerprint(model_dir), "adapter_fingerprint": adapter_fingerprint(adapter_dir)}

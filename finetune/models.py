@@ -76,7 +76,8 @@ def default_dtype() -> str:
 
     if not torch.cuda.is_available():
         return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    # torch says that it supports bfloat16 on a V100 too: it emulates it.
+    return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
 
 
 def load_tokenizer(model_name_or_path: str | Path) -> Any:

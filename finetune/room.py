@@ -158,7 +158,7 @@ def check_saving(method: Method, room: Room, has_best: bool) -> None:
     one, final, in_memory = method.saved_bytes(room)
     if train.save_strategy == "no":
         one = 0
-    existing = len(saving.list_checkpoints(train.output_dir))
+    existing = sum(saving.is_complete(path) for _, path in saving.list_checkpoints(train.output_dir))
     saving.check_host_memory(in_memory, "saving a checkpoint")
     needed = saving.disk_needed(one, final, train.save_total_limit, has_best, existing)
     saving.check_disk(train.output_dir, needed)

@@ -21,6 +21,7 @@ from finetune.errors import UserError
 
 MARKER = "complete.json"
 ASIDE = ".saving"
+OLD = "old-"  # what a new folder takes the place of, while that is being renamed
 FINALIZING = ".finalizing"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 # How each part of a run's identity is called in a message.
@@ -56,7 +57,7 @@ def read_marker(folder: str | Path) -> dict[str, Any] | None:
     """What was written when the folder was finished, or None."""
     try:
         return json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         return None
 
 
@@ -74,7 +75,7 @@ def publish(written: str | Path, target: str | Path, record: dict[str, Any]) -> 
     marker.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(marker)
     sync(written)
-    old = written.with_name(f"old-{target.name}")
+    old = written.with_name(f"{OLD}{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
@@ -84,7 +85,11 @@ def publish(written: str | Path, target: str | Path, record: dict[str, Any]) -> 
 
 
 def clear_aside(output_dir: str | Path) -> None:
-    """Remove what a training that crashed left half-written."""
+    """Remove what a training that crashed left half-written; a folder that publish had taken aside goes back."""
+    for old in aside_dir(output_dir).glob(f"{OLD}*"):
+        target = Path(output_dir) / old.name.removeprefix(OLD)
+        if is_complete(old) and not target.exists():
+            os.rename(old, target)
     shutil.rmtree(aside_dir(output_dir), ignore_errors=True)
 
 
@@ -111,17 +116,41 @@ def newest_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
 def rotate(output_dir: str | Path, limit: int, best: str | Path | None = None) -> list[Path]:
     """Remove complete checkpoints beyond the `limit` newest, never the best, and torn ones. Returns what was removed.
 
-    Call it after the newest one is complete.
+    Call it after the newest one is complete. What never had a marker is somebody else's and stays.
     """
-    checkpoints = [path for _, path in list_checkpoints(output_dir)]
+    checkpoints = [path for _, path in list_checkpoints(output_dir) if (path / MARKER).exists()]
     newest = [path for path in checkpoints if is_complete(path)][:limit]
     kept = {path.resolve() for path in newest} | ({Path(best).resolve()} if best else set())
     removed = [path for path in checkpoints if path.resolve() not in kept]
     for path in removed:
-        # The marker goes first: a removal that is interrupted must not leave a folder that looks complete.
-        (path / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path, aside_dir(output_dir))
     return removed
+
+
+def _remove(path: Path, aside: Path) -> None:
+    """A folder, or what a link leads to. Aside first: an interrupted removal must not leave a part of a checkpoint."""
+    aside.mkdir(exist_ok=True)
+    condemned = aside / f"removed-{path.name}"
+    shutil.rmtree(condemned, ignore_errors=True)
+    os.rename(path, condemned)
+    shutil.rmtree(condemned.resolve(), ignore_errors=True)
+    if condemned.is_symlink():
+        condemned.unlink()
+
+
+def check_nothing_foreign(output_dir: str | Path) -> None:
+    """Raises UserError when output_dir holds a checkpoint or final/ of another program, which training would replace.
+
+    A folder of this program is renamed into its place with its marker in it, so one without a marker is none.
+    """
+    folders = [path for _, path in list_checkpoints(output_dir)] + [Path(output_dir) / "final"]
+    foreign = [path for path in folders if path.is_dir() and any(path.iterdir()) and not (path / MARKER).exists()]
+    if foreign:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        raise UserError(
+            f"{foreign[-1]}{more}: expected a folder that this program wrote, found no {MARKER} in it. Training would "
+            "take its place: move it away, or name another --output_dir."
+        )
 
 
 def check_same_run(output_dir: str | Path, identity: dict[str, Any], names: dict[str, str]) -> None:
@@ -163,8 +192,11 @@ def checkpoint_bytes(trainable_parameters: int, weight_bytes: int, optimizer_byt
 
 
 def disk_needed(one_checkpoint: int, one_final: int, limit: int, has_best: bool, existing: int = 0) -> int:
-    """Bytes that must be free: `limit` checkpoints, one while it is written, the best, final/; less what is there."""
-    return max(0, one_checkpoint * (limit + 1 + int(has_best) - existing)) + one_final
+    """Bytes that must be free: `limit` checkpoints, one while it is written, the best, final/; less what is there.
+
+    One at least: the next is written before older ones go.
+    """
+    return one_checkpoint * max(1, limit + 1 + int(has_best) - existing) + one_final
 
 
 def _existing_parent(path: Path) -> Path:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 MAX_BAD_UPDATES = 3
 SMALLEST_BUDGET = 16
 MAX_ROWS_NAMED = 20
+ROWS_DEALT_OUT = 512  # of an evaluation at a time: dealing out takes more than twice as long for twice as many
 
 
 class UpdateTrainer(CheckpointingTrainer):
@@ -75,6 +76,7 @@ class UpdateTrainer(CheckpointingTrainer):
         super().__init__(
             model=model, args=args, train_dataset=dataset, eval_dataset=plan.eval_samples or None, **kwargs
         )
+        self.add_callback(_ObeyArguments())
         self.add_callback(_ObeyStop(self))
         self.gradients = Gradients(self.model, args.world_size)
         if not self.is_deepspeed_enabled:
@@ -252,8 +254,12 @@ class UpdateTrainer(CheckpointingTrainer):
 
     @property
     def _judges_gradients(self) -> bool:
-        """DeepSpeed has its own ways; for a GradScaler infinite gradients are how it finds its scale: it skips them."""
-        return not self.is_deepspeed_enabled and self.accelerator.scaler is None
+        """DeepSpeed has its own ways; for a GradScaler infinite gradients are how it finds its scale: it skips them.
+
+        Until the scale is below 1: then it is not the scale.
+        """
+        scaler = self.accelerator.scaler
+        return not self.is_deepspeed_enabled and (scaler is None or scaler.get_scale() < 1)
 
     def _account(self, update: RankUpdate, loss: float, norm: float) -> None:
         self.update_losses.append((self.state.global_step + 1, loss))
@@ -311,8 +317,8 @@ class UpdateTrainer(CheckpointingTrainer):
     def _evaluation_sums(self, samples: "Sequence[Sample]") -> tuple[float, int]:
         lengths = [len(sample.input_ids) for sample in samples]
         # Dealt out by the budget that all ranks share, cut by this rank's own.
-        plan = plan_epoch(lengths, len(samples), self.args.world_size, self.plan.token_budget, 0, 0)[0]
-        parts = plan.micro_batches[self.args.process_index]
+        plan = plan_epoch(lengths, ROWS_DEALT_OUT, self.args.world_size, self.plan.token_budget, 0, 0)
+        parts = [rows for update in plan for rows in update.micro_batches[self.args.process_index]]
         pieces = [piece for rows in parts for piece in cut_in_pieces(rows, lengths, self.token_budget)]
         total = torch.zeros(1, dtype=torch.float64, device=self.args.device)
         self.model.eval()
@@ -358,11 +364,25 @@ class UpdateTrainer(CheckpointingTrainer):
             self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak)
 
 
+class _ObeyArguments(TrainerCallback):
+    """How often to log, evaluate and save is what the arguments say now, not what a checkpoint remembers."""
+
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Called when the checkpoint's state has been read."""
+        state.compute_steps(args, state.max_steps)
+
+
 class _ObeyStop(TrainerCallback):
     """After an update in which some rank received a stop signal: log, save and stop, on all ranks."""
 
     def __init__(self, trainer: UpdateTrainer) -> None:
         self.trainer = trainer
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        """transformers ends the epoch after a stop too: what there is to save was saved at the update's end."""
+        if self.trainer.stop_signal:
+            control.should_evaluate = control.should_save = False
+        return control
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Called when the update is done, after transformers has decided what to do at this step."""

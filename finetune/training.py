@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import prepare, saving
 from finetune.arguments import Arguments, require
+from finetune.errors import UserError
 from finetune.gpus import price_per_hour
 from finetune.memory import shape_of_config, total
 from finetune.plan_options import warmup_note
@@ -64,6 +65,7 @@ def run_training(arguments: Arguments, method: Method) -> int:
     identity, names = prepare.run_identity(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     output_dir = Path(arguments.train.output_dir)
     prepare.check_output_dir(output_dir)
+    saving.check_nothing_foreign(output_dir)
     saving.check_same_run(output_dir, identity, names)
     saving.check_same_stage(output_dir, method.stage)
     finished = saving.read_marker(output_dir / "final")
@@ -88,6 +90,9 @@ def _check_inputs(arguments: Arguments) -> None:
         output_dir="Set it in the JSON file or pass --output_dir.",
     )
     check_model_dir(arguments.model.model_name_or_path)
+    train = arguments.train
+    if train.max_steps <= 0 and train.num_train_epochs <= 0:
+        raise UserError(f"num_train_epochs: expected a number above 0, found {train.num_train_epochs:g}.")
     price_per_hour()
     for path in filter(None, (arguments.data.train_file, arguments.data.eval_file)):
         read_rows(path)

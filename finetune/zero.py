@@ -55,6 +55,17 @@ def stage_of(path: str | Path | None) -> str:
     return name
 
 
+def check_final_weights(path: str | Path | None, save_strategy: str) -> None:
+    """Raises UserError where stage 3 would end without weights: neither gathered nor in a checkpoint."""
+    zero = read_zero_config(path).get("zero_optimization", {}) if path else {}
+    key = "stage3_gather_16bit_weights_on_model_save"
+    if zero.get("stage") == 3 and not zero.get(key) and save_strategy == "no":
+        raise UserError(
+            f"{path}: without {key} final/ is put together from a checkpoint, and save_strategy is no. "
+            "Set one of them to another value."
+        )
+
+
 def join_group() -> None:
     """Make DeepSpeed know the process group before a model is loaded.
 

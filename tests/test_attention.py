@@ -1,10 +1,12 @@
 """Padding-free attention: equal to padded rows in loss and every gradient, and blind to other rows."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from finetune import attention
 from finetune.attention import PADDING_FREE, attend_rows, enable_padding_free_attention
 from finetune.batching import collate
 from finetune.errors import UserError
@@ -117,3 +119,13 @@ def test_what_the_path_lacks_is_refused():
     ids = batch["input_ids"].repeat(2, 1)
     with pytest.raises(UserError, match="found 2 batch rows"):
         model(input_ids=ids, cu_seq_lens_q=batch["cu_seq_lens_q"], max_length_q=4)
+
+
+@pytest.mark.parametrize(("capability", "has_kernel"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_cards_before_ampere_attend_row_by_row(monkeypatch, capability, has_kernel):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    attention._computes_bfloat16.cache_clear()
+    query = SimpleNamespace(is_cuda=True, dtype=torch.float16, shape=(1, 4, 9, 128), device=SimpleNamespace(index=0))
+    assert attention._has_varlen_kernel(query) == has_kernel
+    attention._computes_bfloat16.cache_clear()
+    assert not attention._has_varlen_kernel(SimpleNamespace(**{**vars(query), "shape": (1, 4, 9, 512)}))

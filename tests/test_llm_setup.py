@@ -14,10 +14,11 @@ import pytest
 from finetune import saving
 from finetune.arguments import parse_arguments
 from finetune.errors import UserError
+from finetune.full import full_method
 from finetune.hosts import read_hostfile, remote_command
 from finetune.memory import KNOWN_SHAPES, STAGES, full_saved_bytes
 from finetune.norm_head import fold_head, has_norm_head
-from finetune.zero import read_zero_config, stage_of
+from finetune.zero import check_final_weights, read_zero_config, stage_of
 from llm_code.choose_stage import choose_stage
 from tests.conftest import REPOSITORY
 
@@ -369,3 +370,12 @@ def test_the_models_path_defaults_to_final(monkeypatch: pytest.MonkeyPatch) -> N
     assert model_path() == "/o/final"
     monkeypatch.setenv("LLM_MODULE_MODEL_PATH", "/m")
     assert model_path() == "/m"
+
+
+def test_stage_3_without_weights_at_the_end_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "stage 3.json"
+    file.write_text('{"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": false}}')
+    check_final_weights(file, "steps")
+    check_final_weights(None, "no")
+    with pytest.raises(UserError, match="put together from a checkpoint, and save_strategy is no"):
+        full_method(parse_arguments(["--deepspeed", str(file), "--save_strategy", "no"]))

@@ -314,3 +314,15 @@ def test_an_interrupted_merge_goes_on_and_a_finished_one_says_so(tiny_qwen, adap
         merge_adapter(tiny_qwen, adapter, tmp_path / "foreign")
     with pytest.raises(UserError, match="expected a new folder"):
         merge_adapter(tiny_qwen, adapter, adapter)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_link_to_another_disk_is_followed(tiny_qwen, adapter, tmp_path, is_there):
+    place = tmp_path / "data disk" / "merged"
+    place.parent.mkdir()
+    if is_there:
+        place.mkdir()
+    (tmp_path / "link").symlink_to(place)
+    merge_adapter(tiny_qwen, adapter, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (place / "merge.json").exists()
+    assert [path.name for path in place.parent.iterdir()] == ["merged"]

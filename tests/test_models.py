@@ -12,7 +12,7 @@ from finetune.arguments import parse_arguments
 from finetune.errors import UserError
 from finetune.frozen import FEW_ROWS
 from finetune.identity import adapter_fingerprint, check_adapter, fingerprint
-from finetune.models import check_model_dir, load_for_inference, refuse_unseen_card
+from finetune.models import check_model_dir, default_dtype, load_for_inference, refuse_unseen_card
 from finetune.prepare import compute_dtype, training_arguments
 from qwen_qlora.component.utils import ModelUtils
 from tests.adapters import make_adapter
@@ -152,6 +152,14 @@ def test_a_card_that_torch_does_not_see_is_no_reason_to_use_the_processor(tiny_q
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'no driver'; exit 9\n")
     assert compute_dtype(False) == "float32"
+
+
+def test_inference_and_training_take_the_same_16_bits(monkeypatch):
+    """torch says of a V100 that it supports bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, name in (((7, 0), "float16"), ((7, 5), "float16"), ((8, 6), "bfloat16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
+        assert default_dtype() == compute_dtype(True) == name
 
 
 def test_one_process_does_not_train_on_several_cards(monkeypatch):

@@ -76,12 +76,58 @@ def test_the_newest_complete_checkpoint_is_found_by_number(tmp_path: Path) -> No
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
         write(tmp_path, step)
-    (tmp_path / "checkpoint-8" / saving.MARKER).unlink()
+    (tmp_path / "checkpoint-8" / saving.MARKER).write_bytes(b'{"step": 8, "\xff')
     removed = saving.rotate(tmp_path, 2, best=tmp_path / "checkpoint-2")
     assert sorted(path.name for path in removed) == ["checkpoint-4", "checkpoint-8"]
     assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [10, 6, 2]
     saving.rotate(tmp_path, 1)
     assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [10]
+
+
+def test_rotation_frees_what_a_link_leads_to(tmp_path: Path) -> None:
+    moved = tmp_path / "other disk"
+    shutil.move(write(tmp_path / "out", 1), moved)
+    (tmp_path / "out" / "checkpoint-1").symlink_to(moved)
+    write(tmp_path / "out", 2)
+    saving.rotate(tmp_path / "out", 1)
+    assert not moved.exists() and [step for step, _ in saving.list_checkpoints(tmp_path / "out")] == [2]
+
+
+def test_a_killed_removal_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "weights").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saving.rotate(tmp_path, 1)
+    monkeypatch.undo()
+    saving.clear_aside(tmp_path)
+    assert saving.list_checkpoints(tmp_path) == [(2, tmp_path / "checkpoint-2")]
+
+
+def test_a_folder_taken_aside_goes_back_where_a_kill_left_a_gap(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    os.rename(tmp_path / "checkpoint-5", saving.aside_dir(tmp_path) / "old-checkpoint-5")
+    saving.clear_aside(tmp_path)
+    assert saving.newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-5", [])
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500", "final"])
+def test_another_programs_folders_are_neither_removed_nor_replaced(tmp_path: Path, name: str) -> None:
+    write(tmp_path, 9)
+    saving.check_nothing_foreign(tmp_path)
+    (tmp_path / name).mkdir()
+    saving.check_nothing_foreign(tmp_path)  # empty
+    (tmp_path / name / "adapter_model.bin").write_text("of another program")
+    with pytest.raises(UserError, match=f"{name}: expected a folder that this program wrote.*move it away"):
+        saving.check_nothing_foreign(tmp_path)
+    saving.rotate(tmp_path, 1)
+    assert (tmp_path / name / "adapter_model.bin").exists()
 
 
 def test_another_experiment_is_refused_with_what_differs(tmp_path: Path) -> None:
@@ -107,6 +153,8 @@ def test_disk_is_counted_and_refused_when_short(tmp_path: Path) -> None:
     assert saving.disk_needed(one, 100, limit=1, has_best=False) == 2 * one + 100
     assert saving.disk_needed(one, 100, limit=1, has_best=True) == 3 * one + 100
     assert saving.disk_needed(one, 100, limit=2, has_best=False, existing=2) == one + 100
+    assert saving.disk_needed(one, 100, limit=1, has_best=False, existing=3) == one + 100  # written before any goes
+    assert saving.disk_needed(0, 100, limit=1, has_best=False) == 100
     free = shutil.disk_usage(tmp_path).free
     saving.check_disk(tmp_path / "not" / "yet", free // 2)
     with pytest.raises(UserError, match="GiB are free"):

@@ -306,10 +306,25 @@ def test_a_held_out_part_is_measured(flags: list[str], tmp_path: Path) -> None:
 def test_a_torn_final_is_written_again(finished: Path, flags: list[str], tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(finished, output)
-    (output / "final" / "complete.json").unlink()
+    (output / "final" / "complete.json").write_text("{")
     (output / "final" / "adapter_model.safetensors").write_bytes(b"half")
     started = time.time()
     assert run_here(flags, output, "--eval_split_percentage", "0") == 0
     assert (output / "final" / "adapter_model.safetensors").stat().st_mtime > started - 1
     weights = [(folder / "final" / "adapter_model.safetensors").read_bytes() for folder in (output, finished)]
     assert weights[0] == weights[1]
+
+
+def test_another_programs_checkpoints_are_refused_and_stay(flags: list[str], tmp_path: Path) -> None:
+    foreign = tmp_path / "out" / "checkpoint-500"
+    foreign.mkdir(parents=True)
+    (foreign / "adapter_model.bin").write_text("of the original code")
+    with pytest.raises(UserError, match="checkpoint-500: expected a folder that this program wrote"):
+        run_here(flags, tmp_path / "out")
+    assert (foreign / "adapter_model.bin").exists()
+
+
+def test_no_epochs_are_no_training(flags: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_train_epochs: expected a number above 0, found 0"):
+        run_here(flags, tmp_path / "out", "--num_train_epochs", "0", "--max_steps", "-1")
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_only_complete_checkpoints_count(tmp_path: Path, capfd: pytest.CaptureFi
     settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     make_trainer(tmp_path, model=make_model(0.2), **settings).run()
     assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [6, 4]
-    (tmp_path / "checkpoint-6" / saving.MARKER).unlink()
+    (tmp_path / "checkpoint-6" / saving.MARKER).write_text("{")
     (tmp_path / saving.ASIDE / "checkpoint-9").mkdir(parents=True)
     again = make_trainer(tmp_path, model=make_model(0.2), **settings)
     again.run()
@@ -217,3 +218,52 @@ def test_time_can_be_marked_before_training_begins(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.mark_time()
     assert 0 <= trainer.progress.seconds < 60
+
+
+def test_a_resumed_run_saves_logs_and_evaluates_as_it_is_told_now(tmp_path: Path) -> None:
+    make_trainer(tmp_path, save_strategy="steps", save_steps=500, logging_steps=10, max_steps=4).run()
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [4]
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+    }
+    again = make_trainer(tmp_path, evaluation=make_samples(5, seed=9), save_total_limit=9, max_steps=10, **settings)
+    again.run()
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [10, 8, 6, 4]
+    history = again.state.log_history
+    assert [entry["step"] for entry in history if "loss" in entry and entry["step"] > 4] == [5, 6, 7, 8, 9, 10]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [6, 9, 10]  # and at the end
+
+
+@pytest.mark.parametrize("stop_at", [2, None])
+def test_no_checkpoint_is_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None) -> None:
+    """transformers saves at an epoch's end whatever was saved at the update before it, and ends an epoch at a stop."""
+    published, publish = [], saving.publish
+    monkeypatch.setattr(saving, "publish", lambda *words: published.append(words[1].name) or publish(*words))
+    evaluation = {"eval_strategy": "steps", "eval_steps": 6, "metric_for_best_model": "loss"}
+    trainer = make_trainer(
+        tmp_path, evaluation=make_samples(5, seed=9), save_strategy="epoch", max_steps=12, **evaluation
+    )
+    if stop_at:
+        trainer.add_callback(Kill(stop_at))
+    trainer.run()
+    assert published == ([f"checkpoint-{stop_at}"] if stop_at else ["checkpoint-6", "checkpoint-12"])
+
+
+def test_an_evaluation_is_the_same_in_how_many_parts_it_is_dealt_out(tmp_path: Path, monkeypatch) -> None:
+    trainer = make_trainer(tmp_path, evaluation=make_samples(23, seed=9))
+    whole = trainer.evaluate()["eval_loss"]
+    monkeypatch.setattr("finetune.trainer.ROWS_DEALT_OUT", 4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_infinite_gradients_are_a_scalers_business_until_its_scale_is_below_1(tmp_path: Path) -> None:
+    trainer, scale = make_trainer(tmp_path), [65536.0]
+    assert trainer._judges_gradients
+    trainer.accelerator.scaler = SimpleNamespace(get_scale=lambda: scale[0])
+    assert not trainer._judges_gradients
+    scale[0] = 0.5
+    assert trainer._judges_gradients
