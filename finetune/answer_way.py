@@ -18,13 +18,18 @@ def way_of(config: dict[str, Any]) -> dict[str, Any]:
 
 def read_way(records: Path) -> dict[str, Any]:
     """The way of an evaluation by its records; nothing when what made them is not told."""
+    return way_of(read_config(records))
+
+
+def read_config(records: Path) -> dict[str, Any]:
+    """All settings of an evaluation by its records, the fingerprints of its weights among them; {} if not told."""
     places = [records.with_suffix(".json"), records.with_name(records.stem + "_metrics.json")]
     if records.name == "answers.jsonl":
         places.append(records.with_name("report.json"))
     for place in places:
         try:
             about = json.loads(place.read_text(encoding="utf-8"))
-            return way_of(about.get("config") or (about.get("generation") or {}).get("config") or {})
+            return about.get("config") or (about.get("generation") or {}).get("config") or {}
         except (OSError, ValueError, AttributeError):
             continue
     return {}

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.answer_way import check_same_way, read_way
+from finetune.answer_way import check_same_way, read_config, read_way
 from finetune.errors import UserError, run_main
+from finetune.identity import ADAPTER_CONFIG, adapter_fingerprint, fingerprint
 from finetune.page import Block, Heading, html_page, markdown
 from finetune.paired_scores import Score, check_same_rows, read_records
 from finetune.report_blocks import (
@@ -26,6 +27,7 @@ from finetune.report_blocks import (
     score_blocks,
     training_blocks,
 )
+from finetune.saving import is_complete
 from finetune.text_files import write_aside
 
 
@@ -68,6 +70,24 @@ def read_scores(named: Sequence[Sequence[str]]) -> tuple[list[Score], list[str]]
     return scores, remarks
 
 
+def weights_remarks(named: Sequence[Sequence[str]], train_dir: Path) -> list[str]:
+    """A remark for each test whose fine-tuned answers are of other weights than train_dir/final holds."""
+    final, remarks = train_dir / "final", []
+    if not is_complete(final):
+        return []
+    part = "adapter" if (final / ADAPTER_CONFIG).exists() else "model"
+    here = (adapter_fingerprint if part == "adapter" else fingerprint)(final)
+    for name, _, after in named:
+        config = read_config(Path(after))
+        there = config.get("weights" if "service" in config else part)  # a service's model is a name
+        if there and there != here:
+            remarks.append(
+                f"{name}: the fine-tuned answers are of other weights ({there[:8]}) than {final} holds ({here[:8]}): "
+                "they say nothing about this training. Evaluate it again."
+            )
+    return remarks
+
+
 def read_training(train_dir: Path) -> dict[str, Any]:
     """What training wrote about itself. Raises UserError when it did not."""
     path = train_dir / "train_report.json"
@@ -87,6 +107,7 @@ def main() -> None:
     """Write the page."""
     args = parse_args()
     report, (scores, remarks) = read_training(args.train_dir), read_scores(args.score)
+    remarks += weights_remarks(args.score, args.train_dir)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     title = args.title or model_name(report, args.train_dir)
     blocks: list[Block] = [Heading(f"{title}: before and after fine-tuning", 1)]

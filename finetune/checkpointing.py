@@ -192,6 +192,9 @@ class CheckpointingTrainer(Trainer, ABC):
             return None
         self._say(f"going on from {checkpoint}")
         marker = saving.read_marker(checkpoint)
+        before, now = marker.get("updates_planned"), self.plan.record.get("updates_planned")
+        if before != now and before and now:
+            self._say(f"note: it was written when {before} updates were planned, now {now} are: the rate follows these")
         self.progress = Progress(**marker.get("progress", {}))
         if self.is_deepspeed_enabled and marker.get("ranks", self.args.world_size) != self.args.world_size:
             return str(self._for_these_ranks(checkpoint, marker["ranks"]))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 FULL_DISK = "a disk is full (df -h shows which). Free some and run the same command again: what is complete stays."
+NO_PLACE = (errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
 
 
 class UserError(ValueError):
@@ -15,7 +16,7 @@ class UserError(ValueError):
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's main and leave: UserError -> `error: ...` and 2, Ctrl-C -> 130; bugs keep their traceback.
 
-    A disk that is full, wherever it is found so, is no bug either.
+    A disk that is full, wherever it is found so, is no bug either, nor is a place that cannot be written.
     """
     try:
         status = main() or 0
@@ -26,9 +27,12 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         status = 130
     except Exception as error:
-        if not is_full_disk(error):
+        if is_full_disk(error):
+            print(f"error: {FULL_DISK}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.errno in NO_PLACE and error.filename:
+            print(f"error: {error.filename}: {error.strerror}. Name a folder that can be written.", file=sys.stderr)
+        else:
             raise
-        print(f"error: {FULL_DISK}", file=sys.stderr)
         status = 2
     sys.exit(status)
 

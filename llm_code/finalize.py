@@ -103,6 +103,15 @@ def copy_weights(checkpoint: Path, base_dir: Path, target: Path) -> None:
         weights_from_zero(checkpoint, target, getattr(torch, config.get("dtype") or config["torch_dtype"]))
 
 
+def newer_than(final: Path, output_dir: Path) -> str:
+    """Words about final/, which an earlier update may have made than the newest checkpoint is of."""
+    newest, _ = saving.newest_checkpoint(output_dir)
+    update, later = ((saving.read_marker(folder) or {}).get("step") for folder in (final, newest or final))
+    if update is None or later is None or later <= update:
+        return ""
+    return f", of update {update}. A newer checkpoint is there: --checkpoint {newest} makes it of update {later}"
+
+
 def main() -> None:
     """Command line."""
     flags = parse_arguments()
@@ -110,7 +119,7 @@ def main() -> None:
     final = flags.output_dir / "final"
     if flags.checkpoint is None and saving.is_complete(final):
         shutil.rmtree(saving.finalizing_dir(flags.output_dir), ignore_errors=True)  # of one that was killed
-        print(f"already done: {final}")
+        print(f"already done: {final}{newer_than(final, flags.output_dir)}")
     else:
         checkpoint = choose_checkpoint(flags.output_dir, flags.checkpoint)
         print(f"written: {write_final(checkpoint, base_dir, flags.output_dir)} from {checkpoint}")

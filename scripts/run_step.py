@@ -25,7 +25,7 @@ from scripts.environment import target_of, unfinished_mark  # noqa: E402
 from scripts.settings import advice_on, read_example  # noqa: E402
 from scripts.step_process import run_and_wait, supervise  # noqa: E402
 from scripts.step_state import StepError, StepState, last_lines  # noqa: E402
-from scripts.step_watch import EXCLUSIVE, advice, follow_log, outcome, show_status, stop  # noqa: E402
+from scripts.step_watch import EXCLUSIVE, advice, follow_log, outcome, show_status, stop, typed_settings  # noqa: E402
 
 GRACE_SECONDS = 2
 
@@ -47,7 +47,8 @@ def run(name: str, environment: str | None, command: list[str]) -> int:
         return _detach(state, lock, command, variables)
     # In front this process holds the lock until it ends.
     status, _ = run_and_wait(name, command, variables)
-    print(advice(name, status), file=sys.stderr, end="")
+    typed = typed_settings(os.environ.get("MAKEFLAGS", ""))
+    print(advice(name, status, typed), file=sys.stderr, end="")
     return status
 
 

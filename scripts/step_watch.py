@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import signal
 import sys
 import time
@@ -15,11 +17,22 @@ RESUMABLE = ("-env", "-download", "-train", "-eval", "-merge", "-mmcu", "-bleu")
 EXCLUSIVE = ("-env", "-download", "-train", "-merge", "-finalize")
 
 
-def advice(name: str, status: int) -> str:
+def advice(name: str, status: int, typed: str = "") -> str:
     """What to do after a step that continues where it stopped; nothing after one that explained itself (status 2)."""
     if status in (0, 2) or not name.endswith(RESUMABLE):
         return ""
-    return f"{name} ended with status {status}. The same command continues where it stopped: make {name}\n"
+    return f"{name} ended with status {status}. The same command continues where it stopped: make {name}{typed}\n"
+
+
+def typed_settings(makeflags: str) -> str:
+    """The variables of make's command line as they can be typed again, each with a blank before it.
+
+    GNU make hands them on in MAKEFLAGS, behind `--`, their blanks behind backslashes. Without them a training is
+    another experiment, or one of another length.
+    """
+    words = re.findall(r"(?:\\.|[^\s\\])+", makeflags.partition(" -- ")[2])
+    pairs = [re.sub(r"\\(.)", r"\1", word).partition("=") for word in words]
+    return "".join(f" {key}={shlex.quote(value)}" for key, _, value in reversed(pairs) if value)
 
 
 def outcome(record: dict) -> str:

@@ -11,10 +11,12 @@ from finetune import before_after, report
 from finetune.answer_way import read_way
 from finetune.contamination import overlap
 from finetune.errors import UserError
+from finetune.identity import adapter_fingerprint
 from finetune.page import Heading, Picture, Table, Text, html_page, markdown
 from finetune.paired_scores import by_domain, check_same_rows, difference, read_records, samples, verdict
 from finetune.report_blocks import environment_blocks, said, score_row
 from finetune.rows import Row, Turn
+from tests.adapters import make_adapter
 
 
 def graded(results, domain=None):
@@ -229,3 +231,16 @@ def test_the_page_of_a_model(run, tmp_path):
 def test_a_page_without_scores_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="before and after, but task is left out.* Evaluate the base model"):
         run(["task", tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+
+
+def test_scores_of_other_weights_than_the_trainings_are_told(run, trained, tiny_qwen, tmp_path):
+    final = make_adapter(tiny_qwen, trained[0] / "final")
+    (final / "complete.json").write_text("{}")
+    paths = [write(tmp_path / f"{name}.jsonl", graded([right] * 10)) for name, right in (("a", False), ("b", True))]
+    about = tmp_path / "b_metrics.json"
+    for there, words in ((adapter_fingerprint(final), 0), ("922053c2" * 8, 1), (None, 0)):
+        about.write_text(json.dumps({"config": {"mode": "generate", "model": "base", "adapter": there}}))
+        told = run(["task", *paths]).err
+        assert told.count("answers are of other weights (922053c2) than") == words
+        page = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
+        assert page.count("they say nothing about this training") == words

@@ -1,5 +1,6 @@
 """run_main: exit codes and what reaches stderr."""
 
+import errno
 import importlib
 import os
 import subprocess
@@ -82,3 +83,14 @@ def test_a_python_that_is_too_old_is_told_before_anything_else(monkeypatch, caps
         importlib.reload(finetune)
     assert left.value.code == 2
     assert "error: expected Python 3.10 or newer, found 3.8. Install the environment" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOTDIR])
+def test_a_place_that_cannot_be_written_is_told_in_a_line(number, capsys):
+    def main():
+        raise OSError(number, "no", "/ro/results")
+
+    with pytest.raises(SystemExit) as left:
+        run_main(main)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: /ro/results: no. Name a folder that can be written.\n"

@@ -20,6 +20,7 @@ from finetune.memory import KNOWN_SHAPES, STAGES, full_saved_bytes
 from finetune.norm_head import fold_head, has_norm_head
 from finetune.zero import check_final_weights, read_zero_config, stage_of
 from llm_code.choose_stage import choose_stage
+from llm_code.finalize import newer_than
 from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "llm_code" / "deepspeed_config"
@@ -379,3 +380,14 @@ def test_stage_3_without_weights_at_the_end_is_refused(tmp_path: Path) -> None:
     check_final_weights(None, "no")
     with pytest.raises(UserError, match="put together from a checkpoint, and save_strategy is no"):
         full_method(parse_arguments(["--deepspeed", str(file), "--save_strategy", "no"]))
+
+
+def test_finalize_says_that_final_is_older_than_the_newest_checkpoint(tmp_path: Path) -> None:
+    for name, step in (("final", 12), ("checkpoint-12", 12)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / saving.MARKER).write_text(json.dumps({"step": step}))
+    assert newer_than(tmp_path / "final", tmp_path) == ""
+    (tmp_path / "checkpoint-58").mkdir()
+    (tmp_path / "checkpoint-58" / saving.MARKER).write_text('{"step": 58}')
+    words = newer_than(tmp_path / "final", tmp_path)
+    assert "of update 12." in words and f"--checkpoint {tmp_path / 'checkpoint-58'} makes it of update 58" in words

@@ -84,6 +84,8 @@ def test_a_nested_folder_is_found_and_other_data_is_refused(data, tmp_path):
     book.save(tmp_path / "test" / "法律.xlsx")
     with pytest.raises(UserError, match=r"sheet Sheet: expected 6 columns .* found 4"):
         read_questions(tmp_path)
+    with pytest.raises(UserError, match=r"expected 99 worked examples \(--ntrain, MMCU_NTRAIN\), found \d"):
+        read_shots(data[0], 99)
     with pytest.raises(UserError, match="expected worked examples for --ntrain 5"):
         read_shots(tmp_path, 5)
 

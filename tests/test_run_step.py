@@ -88,6 +88,12 @@ def test_in_front_the_status_is_passed_on_and_a_training_step_gets_advice(checko
     assert missing.returncode == 2 and "lint: cannot run no-such-program" in missing.stderr
 
 
+def test_the_advice_repeats_what_was_typed(checkout):
+    flags = " --no-print-directory -- BG= OUT=/data\\ disk/中 ARGS=--warmup_steps\\ 1\\ --seed\\ 7"
+    failed = run_step(checkout, "run", "qwen-train", "--", "bash", "-c", "exit 7", MAKEFLAGS=flags)
+    assert failed.stderr.endswith(": make qwen-train ARGS='--warmup_steps 1 --seed 7' OUT='/data disk/中'\n")
+
+
 def test_a_background_step_that_could_not_begin_keeps_no_other_from_being_shown(checkout):
     for program in ("no-such-program", "true"):
         run_step(checkout, "run", program[:4], "--", program, BG="1")

@@ -267,3 +267,13 @@ def test_infinite_gradients_are_a_scalers_business_until_its_scale_is_below_1(tm
     assert not trainer._judges_gradients
     scale[0] = 0.5
     assert trainer._judges_gradients
+
+
+def test_another_length_than_the_one_begun_is_told(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    for planned in (6, 6, 9):
+        trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=planned)
+        trainer.plan.record["updates_planned"] = planned
+        trainer.run()
+    told = capfd.readouterr().err
+    assert told.count("note: it was written when") == 1
+    assert "written when 6 updates were planned, now 9 are" in told

@@ -96,6 +96,8 @@ def read_shots(data_dir: Path, ntrain: int) -> dict[str, list[Question]]:
         if not path.exists():
             raise UserError(f"{path}: expected worked examples for --ntrain {ntrain}, found no such file.")
         rows = _read_sheets(path)[0][1][:ntrain]
+        if len(rows) < ntrain:
+            raise UserError(f"{path}: expected {ntrain} worked examples (--ntrain, MMCU_NTRAIN), found {len(rows)}.")
         shots[path.stem] = [_question(path.stem, path.stem, number, row) for number, row in enumerate(rows, 1)]
     return shots
 
