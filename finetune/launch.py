@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -44,7 +45,9 @@ PR_SET_PDEATHSIG = 1
 def run_rank(main: Callable[[], int | None]) -> NoReturn:
     """run_main for a program that may be one rank of several: an error of all is printed once, the status noted."""
     # Until training begins there is nothing to save: leave at once, but as one who was asked to.
-    signal.signal(signal.SIGTERM, _leave)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's `&` ignores SIGINT
+            signal.signal(number, _leave)
     _note("started", " ".join([str(os.getpid()), *map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT"), ("-", "-"))]))
     threading.Thread(target=_follow_launcher, daemon=True).start()
     try:
@@ -54,13 +57,18 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
     except BaseException:
         _note("ended", "1")
         raise
-    _note("ended", str(status))
-    # With another status than 0 launchers add a report of their own to what is explained already. Ranks that should
-    # wait for this one in vain are ended by run_launcher.
-    if os.environ.get(STATUS_DIR) and status in (*STOPPED, 2):
-        status = 0
     sys.stdout.flush()
-    sys.exit(status)
+    sys.exit(_noted(status))
+
+
+def _noted(status: int) -> int:
+    """Note how this rank ends; returns the status to leave with.
+
+    With another status than 0 launchers add a report of their own to what is explained already. Ranks that should
+    wait for this one in vain are ended by run_launcher.
+    """
+    _note("ended", str(status))
+    return 0 if os.environ.get(STATUS_DIR) and status in (*STOPPED, 2) else status
 
 
 def _note(what: str, text: str) -> None:
@@ -94,7 +102,11 @@ def _is_alive(process: int) -> bool:
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
+    """Leave at once: an exception, raised while modules are imported, may fall into a __del__ and be dropped there."""
+    if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            os.write(2, b"interrupted\n")  # a print may be going on
+    os._exit(_noted(128 + number))
 
 
 def _print_once(main: Callable[[], int | None]) -> int | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ LINE = re.compile(f"({KEY})=([{ALLOWED}]*)")
 SECRET = re.compile(r"(TOKEN|KEY)$")
 # What make's command line takes besides the settings.
 MAKE_WORDS = "ARGS BG DRY_RUN FILE FOLLOW GPU GPUS LIMIT NET QUESTION STEP TIMEOUT".split()
+TRAIN_CONFIGS = ("qwen_qlora/config/qwen-14b-qlora.json", "llm_code/training_config/baichuan2_config.json")
 
 
 class SettingsError(ValueError):
@@ -139,11 +141,27 @@ def mistyped(names: list[str]) -> str:
 
     Make takes any name, so `LIMT=500` would ask all questions. Names that look like nothing here (HTTPS_PROXY) pass.
     """
-    known = [*read_example(), *MAKE_WORDS]
     for name in names:
-        if name not in known and (close := difflib.get_close_matches(name.upper(), known, 1, cutoff=0.8)):
-            return f"{name} on the command line is no setting: perhaps {close[0]} is meant\n"
+        if meant := _meant(name):
+            return f"{name} on the command line is no setting: perhaps {' or '.join(meant)} is meant\n"
     return ""
+
+
+def _meant(name: str) -> list[str]:
+    """Settings and flags of the trainings whose names are close to an unknown one, or hold it as a word."""
+    known, flags = [*read_example(), *MAKE_WORDS], _training_flags()
+    if name in known or name == "PATH":
+        return []
+    close = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.8)
+    parts = [key for key in known if f"_{name.upper()}_" in f"_{key}_"]
+    as_flags = difflib.get_close_matches(name.lower(), flags, 1, cutoff=0.8)
+    as_flags = as_flags or [flag for flag in flags if flag.endswith(f"_{name.lower()}")]
+    return close or parts[:3] or [f'ARGS="--{flag} ..."' for flag in as_flags]
+
+
+def _training_flags() -> list[str]:
+    """What the shipped configurations of the trainings set, which a person may take for settings of make."""
+    return sorted({key for path in TRAIN_CONFIGS for key in json.loads((ROOT / path).read_text(encoding="utf-8"))})
 
 
 def config_lines(origins: dict[str, str]) -> str:

@@ -53,6 +53,15 @@ def load():
     (folder / f"up-{rank}-{os.getpid()}").touch()
     time.sleep(60)
 
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+def drop():
+    Dropped()
+    time.sleep(60)
+
 def crash():
     if rank == "0":
         raise RuntimeError("a bug")
@@ -112,6 +121,13 @@ def test_a_signal_while_a_model_is_loading_ends_it_without_a_traceback(tmp_path:
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (143, "")
     assert not any(map(is_alive, ranks))
+
+
+def test_a_ctrl_c_inside_a_del_is_not_lost(tmp_path: Path) -> None:
+    """There Python drops exceptions, a KeyboardInterrupt too, and goes on."""
+    process = start(tmp_path, "drop")
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "interrupted\n")
 
 
 def test_an_error_of_all_ranks_is_printed_once_and_gives_2(tmp_path: Path) -> None:

@@ -148,7 +148,18 @@ def test_a_changed_and_a_removed_env_are_noticed(checkout, make):
 
 @pytest.mark.parametrize(
     "word, meant",
-    [("DRYRUN=1", "DRY_RUN"), ("LIMT=500", "LIMIT"), ("QWEN_MODLE_DIR=/m", "QWEN_MODEL_DIR"), ("gpu=A40", "GPU")],
+    [
+        ("DRYRUN=1", "DRY_RUN"),
+        ("LIMT=500", "LIMIT"),
+        ("QWEN_MODLE_DIR=/m", "QWEN_MODEL_DIR"),
+        ("gpu=A40", "GPU"),
+        ("STAGE=2", "DEEPSPEED_STAGE"),
+        ("DEEPSPEED=2", "DEEPSPEED_STAGE"),
+        ("OUTPUT_DIR=/o", "QWEN_OUTPUT_DIR or BAICHUAN_OUTPUT_DIR"),
+        ("EPOCHS=3", 'ARGS="--num_train_epochs ..."'),
+        ("num_train_epochs=3", 'ARGS="--num_train_epochs ..."'),
+        ("LR_SCHEDULER=cosine", 'ARGS="--lr_scheduler_type ..."'),
+    ],
 )
 def test_a_mistyped_name_on_the_command_line_starts_nothing(make, word, meant):
     done = make("qwen-train", word, environment=PLACES)
@@ -157,7 +168,7 @@ def test_a_mistyped_name_on_the_command_line_starts_nothing(make, word, meant):
 
 
 def test_names_that_look_like_no_setting_pass(make):
-    assert make("help", "HTTPS_PROXY=http://127.0.0.1:1", "OMP_NUM_THREADS=2").returncode == 0
+    assert make("help", "HTTPS_PROXY=http://127.0.0.1:1", "OMP_NUM_THREADS=2", "CUDA_HOME=/c").returncode == 0
 
 
 def test_an_unknown_evaluation_model_is_refused(make):

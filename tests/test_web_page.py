@@ -71,17 +71,20 @@ def pictures(tmp_path_factory) -> Path:
 def test_a_streamed_answer_with_its_speed_and_nothing_from_outside(visitor, service, served, pictures):
     visitor.picture("empty", pictures)
     service.delay = 0.15
-    visitor.send("你好，世界")
+    visitor.page.evaluate(f"""() => {{
+        window.growing = new Set();
+        const chat = document.querySelector("{CHAT}");
+        new MutationObserver(() => growing.add(chat.innerText)).observe(chat, {{subtree: true, childList: true}});
+    }}""")
+    visitor.send("你好，世界，这一句要说得久一些")
     visitor.wait("次回答")
-    growing = set()
-    while "首字" not in visitor.page.inner_text(STATUS):
-        growing.add(visitor.bubbles()[-1])
-        if len(growing) == 3:
-            visitor.picture("streaming", pictures)
-    assert len(growing) >= 3, "the answer came in pieces"
+    visitor.picture("streaming", pictures)
+    visitor.wait("首字", STATUS)
+    assert visitor.page.evaluate("growing.size") > 5, "the answer came in pieces"
     visitor.ready()
     visitor.picture("answered", pictures)
-    assert visitor.bubbles()[0] == "你好，世界" and visitor.bubbles()[1].endswith("回答：你好，世界。")
+    question, answer = visitor.bubbles()
+    assert question == "你好，世界，这一句要说得久一些" and answer.endswith(f"回答：{question}。")
     assert visitor.page.inner_text(STATUS).startswith("321 个词元 · "), "the number the service counted"
     assert visitor.box() == ""
     assert service.keys[-1] == "Bearer a-key-for-tests"
@@ -160,8 +163,8 @@ def test_retry_edit_and_undo(visitor, service):
     visitor.ask("第一问")
     visitor.ask("第二问")
     before = visitor.bubbles()
+    number = len(service.requests)  # before the click: the request may be there at once
     visitor.press("重试")
-    number = len(service.requests)
     visitor.wait(f"第{number + 1}次回答")
     visitor.wait("首字", STATUS)
     visitor.ready()
@@ -178,21 +181,25 @@ def test_retry_edit_and_undo(visitor, service):
     assert [m["content"] for m in visitor.stored()[0]["messages"]] == visitor.bubbles()
 
     visitor.press("撤销")
-    visitor.page.wait_for_function("document.querySelector('#question textarea').value")
-    assert visitor.box() == "改过的第一问" and visitor.bubbles() == []
+    service.wait_until(lambda _: visitor.box() == "改过的第一问" and visitor.bubbles() == [])
 
 
 def test_an_emptied_question_comes_back(visitor, service):
     visitor.ask("第一问")
     visitor.ask("第二问")
     before, asked = visitor.bubbles(), len(service.requests)
+    visitor.page.evaluate("""() => {
+        const { save } = chats;
+        chats.saved = 0;
+        chats.save = (text) => { chats.saved += 1; return save(text); };
+    }""")
     visitor.page.locator(f'{CHAT} button[title="编辑"]').first.click()
     visitor.page.locator(f"{CHAT} textarea").fill(" ")
     visitor.page.locator(f'{CHAT} button[title="发送"]').click()
-    service.wait_until(lambda s: visitor.bubbles() == before)  # the window draws all of them anew
-    visitor.ready()
+    visitor.page.wait_for_function("chats.saved === 2")  # as after a question and after its answer
+    service.wait_until(lambda _: visitor.bubbles() == before)  # the window draws all of them anew
     assert len(service.requests) == asked
-    assert [m["content"] for m in visitor.stored()[0]["messages"]] == before
+    assert [[m["content"] for m in record["messages"]] for record in visitor.stored()] == [before]
 
 
 def test_conversations_outlive_reload_and_switch(visitor, service, pictures):
@@ -288,8 +295,9 @@ def test_a_full_queue_is_told_and_the_text_kept(visitor, service, pictures):
     visitor.picture("queue_full", pictures)
     assert "7 秒后" in visitor.page.inner_text("#refusal")
     assert visitor.box() == "现在很忙吗" and len(visitor.bubbles()) == 2
-    answer = visitor.bubbles()[1]
+    answer, asked = visitor.bubbles()[1], len(service.requests)
     visitor.press("重试")
+    service.wait_until(lambda s: len(s.requests) > asked)
     visitor.page.wait_for_timeout(300)
     visitor.ready()
     assert visitor.bubbles() == ["之前", answer], "a refused retry keeps the old answer"

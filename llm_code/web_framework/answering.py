@@ -71,6 +71,7 @@ async def answer(
     """
     history, same, seconds, shown, progress = plain(chat), gr.skip(), 0.0, 0.0, None
     if not history or history[-1]["role"] != "user":
+        yield same, same, same, same  # after a generator that says nothing, gradio empties its outputs
         return
     items = with_heartbeat(stream_fitting(service, history, system, chosen_sampling(*sampling)))
     try:
