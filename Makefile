@@ -40,7 +40,7 @@ qwen_result = $(qwen_result_$(if $(filter command,$(origin QWEN_RESULT_FILE)),ad
 
 # How many cards baichuan-train takes: those of HOSTFILE's machines, or of this one.
 comma := ,
-hosts_cards = $(shell awk -F slots= '!/^\#/ {cards += $$2} END {print cards}' '$(HOSTFILE)')
+hosts_cards = $(or $(shell python3 -m finetune.hosts --count '$(HOSTFILE)'),$(error $@ needs the machines of HOSTFILE))
 baichuan_cards = $(if $(HOSTFILE),$(hosts_cards),$(words $(subst $(comma), ,$(BAICHUAN_GPUS))))
 
 # A $ in a question is a dollar, not the beginning of a variable of make.

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from benchmarks.load_report import Record, draw, summary, table
 from finetune.errors import UserError, run_main
+from llm_code.module_interface.addresses import server_url
 from llm_code.service.settings import own_key
 
 WORDS = "今天 天气 学习 心情 工作 压力 朋友 时间 睡眠 问题 the of a model answers people with words and numbers".split()
@@ -162,7 +163,9 @@ async def open_loop(target: Target, jobs: Sequence[Job], moments: Sequence[float
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:10820/v1", help="the server (default: %(default)s)")
+    parser.add_argument(
+        "--url", type=server_url, default="http://127.0.0.1:10820/v1", help="the server (default: %(default)s)"
+    )
     parser.add_argument("--model", help="name of the model (default: the first one served)")
     parser.add_argument("--requests", type=int, default=64)
     mode = parser.add_mutually_exclusive_group()

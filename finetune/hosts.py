@@ -1,6 +1,7 @@
 """Run DeepSpeed's launcher on every machine of a hostfile, over ssh, as if it were one program.
 
     python -m finetune.hosts --hostfile hosts --master_port 65224 -- --no_local_rank --module llm_code.train ...
+    python -m finetune.hosts --count hosts      # how many cards its machines have
 
 A line of the file is `NAME slots=CARDS`; the first machine is where the ranks meet. What stands behind `--` goes to
 `deepspeed`. The machines must let each other in by ssh without a password, and have this repository, the environment
@@ -114,6 +115,9 @@ def run_on_hosts(flags: argparse.Namespace) -> int:
 
 def main() -> int:
     """Command line."""
+    if sys.argv[1:2] == ["--count"]:
+        print(sum(read_hostfile(" ".join(sys.argv[2:])).values()))
+        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hostfile", required=True, help="file of the machines")
     parser.add_argument("--master_port", type=int, default=65224, help="port on the first machine (%(default)s)")

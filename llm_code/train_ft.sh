@@ -29,8 +29,7 @@ count="$(tr ',' '\n' <<<"$gpus" | grep -c .)"
 [[ " auto none 1 2 3 2-offload 3-offload " == *" $stage "* ]] ||
   refuse "DEEPSPEED_STAGE must be auto, none, 1, 2, 3, 2-offload or 3-offload, got: $stage"
 [[ -n "${HOSTFILE:-}" ]] || check_cards
-[[ -z "${HOSTFILE:-}" || -r "$HOSTFILE" ]] || refuse "HOSTFILE=$HOSTFILE: expected a list of machines, found no readable file"
-[[ -z "${HOSTFILE:-}" ]] || count="$(awk -F 'slots=' '!/^#/ {n += $2} END {print n + 0}' "$HOSTFILE")"
+[[ -z "${HOSTFILE:-}" ]] || count="$(python3 -m finetune.hosts --count "$HOSTFILE")"
 flags=(--train_args_file "${BAICHUAN_TRAIN_CONFIG:-llm_code/training_config/baichuan2_config.json}")
 [[ -z "${BAICHUAN_MODEL_DIR:-}" ]] || flags+=(--model_name_or_path "$BAICHUAN_MODEL_DIR")
 [[ -z "${BAICHUAN_TRAIN_FILE:-}" ]] || flags+=(--train_file "$BAICHUAN_TRAIN_FILE")

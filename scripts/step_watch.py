@@ -16,6 +16,8 @@ RESUMABLE = ("-env", "-download", "-train", "-eval", "-merge", "-mmcu", "-bleu")
 # themselves (finetune.partial_results), so that two models can be evaluated on two cards.
 EXCLUSIVE = ("-env", "-download", "-train", "-merge", "-finalize")
 
+KILLED = 128 + signal.SIGKILL
+
 
 def advice(name: str, status: int, typed: str = "") -> str:
     """What to do after a step that continues where it stopped; nothing after one that explained itself (status 2)."""
@@ -43,6 +45,8 @@ def outcome(record: dict) -> str:
         return f"{name} {text}."
     code = record["exit_status"]
     text = f"{name} {status} after {duration(record['seconds'])}{_cost(record)}, exit status {code}."
+    if code == KILLED and status == "failed":
+        text += " It was killed, perhaps for lack of main memory (look: dmesg)."
     return text + (" The same command continues it." if advice(name, code) else "")
 
 
@@ -67,6 +71,8 @@ def show_status(name: str | None) -> int:
         spent = f"{duration(record['seconds'])}{_cost(record)}" if "seconds" in record else ""
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["started"]))
         print(f"{step.name:<20} {record['status']:<9} pid {record['pid'] or '-':<8} since {began}  {spent}")
+        if record["status"] in ("failed", "lost"):
+            print(f"  {outcome(record)}")
         if name:
             print(f"  command: {' '.join(record['command'])}")
         for line in last_lines(step.log, 5 if name else 1):

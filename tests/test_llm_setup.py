@@ -169,7 +169,8 @@ def test_none_is_for_one_card(tmp_path: Path) -> None:
         (2, {"BAICHUAN_GPUS": "1,2"}, "names card 2, this machine has 2, counted from 0: set BAICHUAN_GPUS=0,1"),
         (2, {"BAICHUAN_GPUS": "0,a"}, "names card a"),
         (1, {"BAICHUAN_GPUS": "0", "DEEPSPEED_STAGE": "4"}, "DEEPSPEED_STAGE must be auto, none, 1, 2, 3"),
-        (1, {"HOSTFILE": "/nowhere/hosts"}, "HOSTFILE=/nowhere/hosts: expected a list of machines"),
+        (1, {"HOSTFILE": "/nowhere/hosts"}, "HOSTFILE /nowhere/hosts: No such file or directory. Name a file of lines"),
+        (1, {"HOSTFILE": "README.md"}, "README.md:3: expected a new machine as NAME slots=CARDS, found: "),
     ],
 )
 def test_what_cannot_be_started_is_refused_in_a_line(tmp_path: Path, cards: int, settings: dict, expected: str) -> None:

@@ -91,6 +91,24 @@ def test_a_conversation_remembers(service):
     assert done.stdout.split("\x1e") == ["你\nbe brief", "say 你", "你", "hello\n"]
 
 
+def test_a_conversation_longer_than_the_context_goes_on_without_its_oldest_turns(service):
+    text = f"say {'a' * 800}\nsay {'b' * 800}\nsay c\nsay {'d' * 1200}\n"
+    done = client(service, "--max_tokens", "2500", "--system", "brief", text=text)
+    assert (done.returncode, done.stdout.split()) == (0, ["a" * 800, "b" * 800, "c", "d" * 1200])
+    dropped = [line for line in done.stderr.splitlines() if "turns were dropped" in line]
+    assert [line.split("oldest ")[1].split()[0] for line in dropped] == ["1", "1"]
+    alone = client(service, "--max_tokens", "4000", text=f"say {'a' * 800}\n")
+    assert alone.returncode == 2 and alone.stderr.rstrip().endswith("Shorten either.")
+
+
+def test_commands_of_a_conversation(service):
+    done = client(service, "--system", "brief", text="say 你\n/reset\nhello\n/restet\n/help\n/exit\nsay never\n")
+    assert done.returncode == 0 and done.stdout.split("\x1e") == ["你\nbrief", "hello\n"]
+    notices = done.stderr.splitlines()
+    assert notices[:2] == ["the conversation starts anew", "unknown command /restet"]
+    assert len([line for line in notices if line.startswith("/reset ")]) == 2
+
+
 @pytest.fixture
 def terminal(service, monkeypatch):
     """A conversation on a terminal, at its first prompt."""
@@ -166,9 +184,13 @@ def test_errors_in_one_line(service, tmp_path):
         (["--file", str(foreign)], f"{foreign}: expected a text file in UTF-8, found byte 0xc4"),
         (["--file", str(fine), "--output", str(tmp_path / "nodir" / "x.jsonl")], "but No such file or directory"),
         (["--file", str(fine), "--output", str(tmp_path)], "but Is a directory"),
+        (["--url", "http://127.0.0.1:abc"], "expected an address like http://127.0.0.1:10820, got http://127.0.0.1:abc"),
+        (["--url", "http://127.0.0.1:70000"], "Port out of range 0-65535"),
+        (["--url", "127.0.0.1:10820"], "expected an address like http://127.0.0.1:10820, got 127.0.0.1:10820"),
     ]:
         done = client(service, *flags)
-        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        told = done.stderr[done.stderr.rindex("error: ") :]  # argparse has its usage before it
+        assert done.returncode == 2 and word in told and told.count("\n") == 1, done.stderr
 
 
 @pytest.mark.parametrize("flag", ["--question", "--system"])

@@ -11,6 +11,7 @@ from finetune.countdown import Countdown
 from finetune.errors import UserError
 from finetune.partial_results import PartialResults
 from llm_code.llm_evaluation.answering import Answerer, Decoding, Generation, Likelihood, LocalModel, Prompt
+from llm_code.module_interface.addresses import server_url
 
 SETTINGS = ("answer", "limit", "ntrain", "max_new_tokens", "temperature", "load_in_4bit")
 
@@ -21,7 +22,9 @@ def add_model_flags(parser: argparse.ArgumentParser, ways: Sequence[str], max_ne
     parser.add_argument("--adapter_name_or_path", help="LoRA adapter on that checkpoint")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights (default: 16 bit, 32 on a CPU)")
     parser.add_argument("--answer", choices=ways, default="generate", help="way to answer (default: generate)")
-    parser.add_argument("--service_url", help="address for --answer service, such as http://127.0.0.1:10820")
+    parser.add_argument(
+        "--service_url", type=server_url, help="address for --answer service, such as http://127.0.0.1:10820"
+    )
     parser.add_argument("--concurrency", type=int, default=16, help="requests at a time to the service (default: 16)")
     parser.add_argument(
         "--max_new_tokens", type=int, default=max_new_tokens, help=f"tokens of an answer (default: {max_new_tokens})"

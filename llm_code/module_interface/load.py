@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from finetune.errors import UserError
+from llm_code.module_interface.addresses import server_url
 from llm_code.module_interface.interface import Engine, EngineDead
 
 GIB = 1 << 30
@@ -49,7 +50,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--load_in_4bit", action="store_true", help="NF4 weights (needs bitsandbytes)")
     group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the device's best")
     group.add_argument("--served_model_name", help="name of the model in replies (default: the folder's)")
-    group.add_argument("--upstream_url", help="address of an OpenAI-compatible server, for example ...:8000/v1")
+    group.add_argument(
+        "--upstream_url", type=server_url, help="address of an OpenAI-compatible server, for example ...:8000/v1"
+    )
     group.add_argument("--max_batch", type=int, help="requests computed at the same time (default: 8 on a CPU, 64)")
     group.add_argument("--max_queue", type=int, default=64, help="requests that may wait beyond those (default: 64)")
     group.add_argument("--context", type=int, help="tokens of prompt and answer together (default: the model's)")

@@ -12,19 +12,17 @@ import argparse
 import asyncio
 import json
 import sys
-import threading
 from collections.abc import Sequence
-from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from finetune.errors import UserError, run_main
+from llm_code.module_interface.addresses import server_url
+from llm_code.service.client_conversation import Messages, converse, print_answer
 from llm_code.service.settings import own_key
 
 if TYPE_CHECKING:
     from llm_code.service.client_api import Client
-
-Messages = list[dict[str, str]]
 
 
 def utf8(text: str) -> str:
@@ -40,7 +38,9 @@ def utf8(text: str) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:10820", help="the service (default: %(default)s)")
+    parser.add_argument(
+        "--url", type=server_url, default="http://127.0.0.1:10820", help="the service (default: %(default)s)"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--question", type=utf8, help="ask this and print the answer")
     what.add_argument("--file", type=Path, help="ask every line of this file")
@@ -62,7 +62,7 @@ def read_questions(path: Path, system: str | None) -> list[Messages]:
         messages = [{"role": "user", "content": line.strip()}]
         if line.lstrip().startswith("{"):
             messages = _messages_of(line, f"{path}:{number}")
-        conversations.append(_with_system(messages, system))
+        conversations.append(_head(system) + messages)
     if not conversations:
         raise UserError(f"{path}: expected one question a line, found none.")
     return conversations
@@ -99,19 +99,8 @@ def _has_text(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("content"), str)
 
 
-def _with_system(messages: Messages, system: str | None) -> Messages:
-    return [{"role": "system", "content": system}, *messages] if system else messages
-
-
-async def print_answer(client: "Client", messages: Messages) -> str:
-    """Stream an answer to stdout; returns it."""
-    pieces = []
-    async with aclosing(client.stream(messages)) as stream:
-        async for piece in stream:
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-    print()
-    return "".join(pieces)
+def _head(system: str | None) -> Messages:
+    return [{"role": "system", "content": system}] if system else []
 
 
 async def answer_all(client: "Client", conversations: Sequence[Messages], concurrency: int, output: TextIO) -> int:
@@ -141,51 +130,6 @@ async def answer_all(client: "Client", conversations: Sequence[Messages], concur
     return failed
 
 
-async def _next_line() -> str:
-    """The next line of stdin, empty at the end. What is no text in the terminal's encoding becomes U+FFFD."""
-    loop = asyncio.get_running_loop()
-    read: asyncio.Future[bytes] = loop.create_future()
-
-    def hand_over(line: bytes) -> None:
-        if not read.done():  # cancelled by Ctrl-C
-            read.set_result(line)
-
-    def wait_for_line() -> None:
-        line = b""
-        # Unbuffered: a thread inside sys.stdin holds its lock, and the interpreter breaks down over that when it ends.
-        with suppress(OSError), open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
-            line = stdin.readline()
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(hand_over, line)
-
-    # Not asyncio.to_thread: the program's end waits for its threads, so Ctrl-C would wait for Enter.
-    threading.Thread(target=wait_for_line, daemon=True).start()
-    return (await read).decode(sys.stdin.encoding, "replace")
-
-
-async def converse(client: "Client", system: str | None) -> None:
-    """Read a question a line from stdin and answer it in the light of those before; a failed turn is forgotten."""
-    messages: Messages = _with_system([], system)
-    shown = sys.stdin.isatty()
-    while True:
-        if shown:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = await _next_line()
-        if not line:
-            return
-        if not line.strip():
-            continue
-        question = {"role": "user", "content": line.strip()}
-        try:
-            answer = await print_answer(client, [*messages, question])
-        except UserError as error:
-            if not shown:
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            continue
-        messages += [question, {"role": "assistant", "content": answer}]
-
-
 async def run(args: argparse.Namespace) -> int:
     from llm_code.service.client_api import Client
 
@@ -194,9 +138,9 @@ async def run(args: argparse.Namespace) -> int:
     conversations = read_questions(args.file, args.system) if args.file else []
     async with Client(args.url.rstrip("/").removesuffix("/v1"), own_key(), options, args.patience) as client:
         if args.question is not None:
-            await print_answer(client, _with_system([{"role": "user", "content": args.question}], args.system))
+            await print_answer(client, [*_head(args.system), {"role": "user", "content": args.question}])
         elif not args.file:
-            await converse(client, args.system)
+            await converse(client, _head(args.system))
         elif args.output:
             with _opened(args.output) as output:
                 return 1 if await answer_all(client, conversations, args.concurrency, output) else 0

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,11 @@ CONNECT_SECONDS, SILENCE_SECONDS = 5.0, 300.0  # a queued answer is silent for l
 
 
 class Refused(UserError):
-    """The service's error reply, or that there is none."""
+    """The service's error reply, or that there is none. `code`: the protocol's, such as context_length_exceeded."""
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Client:
                         return
                     await response.aread()
                     wait = _wait_of(response, attempt)
-                    refusal = Refused(_explain(response))
+                    refusal = _refusal(response)
             except httpx.ConnectError:
                 wait = _growing(attempt)
                 refusal = Refused(f"nobody answers at {self.url}. Start the service: make baichuan-serve")
@@ -101,10 +105,10 @@ def _growing(attempt: int) -> float:
     return min(0.5 * 2**attempt, 8.0) * random.uniform(0.75, 1.0)
 
 
-def _explain(response: httpx.Response) -> str:
-    try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = response.text[:200] or "no explanation"
+def _refusal(response: httpx.Response) -> Refused:
+    message, code = response.text[:200] or "no explanation", None
+    with suppress(ValueError, KeyError, TypeError):
+        error = response.json()["error"]
+        message, code = str(error["message"]), error.get("code")
     hint = " Set API_KEY to the key of the service." if response.status_code == 401 else ""
-    return f"the service answered {response.status_code}: {message}.{hint}"
+    return Refused(f"the service answered {response.status_code}: {message.rstrip('.')}.{hint}", code)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError, run_main
+from llm_code.module_interface.addresses import server_url
 from llm_code.service.settings import own_key
 
 HOST = "127.0.0.1"
@@ -88,9 +89,9 @@ def check_port(port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise UserError(
-                f"port {port} on {HOST} cannot be used ({error.strerror}). Another page may be running: make status. "
+                f"port {port} on {HOST} cannot be used ({getattr(error, 'strerror', None) or error}). Another page may be running: make status. "
                 "Choose another one: make baichuan-web BAICHUAN_WEB_PORT=17861"
             ) from error
 
@@ -98,7 +99,9 @@ def check_port(port: int) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=17860, help="where the page listens (default 17860)")
-    parser.add_argument("--service_url", default="http://127.0.0.1:10820/v1", help="the service, with /v1")
+    parser.add_argument(
+        "--service_url", type=server_url, default="http://127.0.0.1:10820/v1", help="the service, with /v1"
+    )
     parser.add_argument("--feedback_file", type=Path, default=Path("logs/baichuan-web-feedback.jsonl"))
     return parser.parse_args()
 
