@@ -13,6 +13,8 @@ from finetune.identity import check_adapter
 LEGACY_TYPES = ("qwen", "baichuan")
 # Steps that make the folders which .env names; every other model folder is a download's.
 MADE_BY = {
+    "QWEN_MODEL_DIR": "`make qwen-download`",
+    "BAICHUAN_MODEL_DIR": "`make baichuan-download`",
     "LLM_MODULE_MODEL_PATH": "`make baichuan-train` and `make baichuan-finalize`",
     "QWEN_MERGED_DIR": "`make qwen-merge`",
 }

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.pictures import find_cjk_font, picture
+
 if TYPE_CHECKING:
     from finetune.progress import Meter
 
@@ -61,29 +63,22 @@ def run_numbers(progress: Any, meter: "Meter", step: int, last_step: int) -> dic
 
 def draw_losses(history: Sequence[dict[str, float]], path: str | Path, title: str) -> None:
     """loss.png: training loss over updates, the evaluation loss where measured, the learning rate below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(4, 1), layout="constrained"
-    )
-    for name, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        if points:
-            top.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    rates = [(entry["step"], entry["learning_rate"]) for entry in history if "learning_rate" in entry]
-    if rates:
-        bottom.plot(*zip(*rates, strict=True), color="tab:gray")
-    top.set(title=title, ylabel="loss per supervised token")
-    bottom.set(xlabel="update", ylabel="learning rate")
-    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-    if top.lines:
-        top.legend()
-    written = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
-    figure.savefig(written, dpi=120, format="png")
-    pyplot.close(figure)
-    os.replace(written, path)
+    font = None if title.isascii() else find_cjk_font()
+    with picture(path, (8, 5.5), font) as figure:
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        for name, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points:
+                top.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        rates = [(entry["step"], entry["learning_rate"]) for entry in history if "learning_rate" in entry]
+        if rates:
+            bottom.plot(*zip(*rates, strict=True), color="tab:gray")
+        # Without a Chinese font each character would be an empty box, and a warning in the log.
+        shown = title if font else title.encode("ascii", "replace").decode()
+        top.set(title=shown, ylabel="loss per supervised token")
+        bottom.set(xlabel="update", ylabel="learning rate")
+        bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        for axes in (top, bottom):
+            axes.grid(alpha=0.3)
+        if top.lines:
+            top.legend()

@@ -156,5 +156,8 @@ def environment_blocks(report: dict[str, Any]) -> list[Block]:
     rows += [["git commit", str(report["git_commit"])], ["configuration file", str(report["config_file"])]]
     unused = ("lora_", "fp8_backward") if report["method"].startswith("all parameters") else ()
     settings = {key: value for key, value in report["identity"].items() if not key.startswith(unused)}
+    config = report.get("config", {})
+    length = "max_steps" if config.get("max_steps", 0) > 0 else "num_train_epochs"
+    settings |= {length: config[length]} if length in config else {}
     rows += [[key.replace("_", " "), str(value)] for key, value in settings.items()]
     return [Heading("Environment"), Table(["", ""], rows)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.lines import numbered_lines
 
 MAX_PROBLEMS_SHOWN = 10
 
@@ -100,19 +101,9 @@ def _parse_line(text: str, line: int) -> Row:
         raise RowError(f"not JSON: {error.msg} at column {error.colno}") from None
 
 
-def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, text) of every non-blank line. Raises UserError when the file is missing or not UTF-8."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for line, text in enumerate(file, 1):
-                if text.strip():
-                    yield line, text
-    except OSError as error:
-        raise UserError(f"{path}: expected a .jsonl file of training rows, but {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}. Convert it first."
-        ) from None
+def iter_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(line number, text) of every non-blank line. Raises UserError when they cannot be read."""
+    return numbered_lines(path, "a .jsonl file of training rows")
 
 
 def read_rows(path: str | Path) -> list[Row]:

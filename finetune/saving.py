@@ -31,6 +31,7 @@ WORDS = {
     "rows_per_update": "rows per update",
     "optim": "optimiser",
 }
+NO_FLAGS = ("base_model", "train_data", "rows_per_update")  # parts of the identity that several flags make up
 
 
 def checkpoint_dir(output_dir: str | Path, step: int) -> Path:
@@ -162,16 +163,17 @@ def check_same_run(output_dir: str | Path, identity: dict[str, Any], names: dict
     for folder in (newest, Path(output_dir) / "final"):
         marker = (read_marker(folder) or {}) if folder else {}
         there, there_names = marker.get("identity", {}), marker.get("names", {})
-        differences = [
-            f"  {WORDS.get(key, key)}: {there_names.get(key, there[key])} there, {names.get(key, value)} now"
-            for key, value in identity.items()
-            if key in there and there[key] != value
-        ]
-        if differences:
-            listed = "\n".join(differences)
+        different = {key: value for key, value in identity.items() if key in there and there[key] != value}
+        if different:
+            listed = "".join(
+                f"  {WORDS.get(key, key)}: {there_names.get(key, there[key])} there, {names.get(key, value)} now\n"
+                for key, value in different.items()
+            )
+            flags = " ".join(f"--{key} {there[key]}" for key in different if key not in NO_FLAGS)
             raise UserError(
-                f"{folder} belongs to another experiment:\n{listed}\n"
-                "Set these back to go on with it, or name another --output_dir (or remove the folder) to start anew."
+                f"{folder} belongs to another experiment:\n{listed}"
+                f"Set these back to go on with it{flags and f' ({flags})'}, or name another --output_dir (or remove the "
+                "folder) to start anew."
             )
 
 

@@ -65,6 +65,18 @@ def test_settings_of_adapters_are_not_told_of_full_training():
         assert [name for name, _ in table.rows][2:] == words
 
 
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ({"num_train_epochs": 2.0, "max_steps": -1}, ["num train epochs", "2.0"]),
+        ({"num_train_epochs": 2.0, "max_steps": 300}, ["max steps", "300"]),
+    ],
+)
+def test_the_length_of_the_training_is_told(config, shown):
+    report = {"versions": {}, "git_commit": "a", "config_file": "b", "identity": {"seed": 1}, "method": "QLoRA"}
+    assert environment_blocks(report | {"config": config})[1].rows[-1] == shown
+
+
 def test_the_title_names_base_model_and_run(tmp_path):
     report = {"config": {"model_name_or_path": "/models/Baichuan2-7B-Chat-native"}}
     assert before_after.model_name(report, tmp_path / "output") == "Baichuan2-7B-Chat-native, output"

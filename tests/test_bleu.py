@@ -97,7 +97,7 @@ def test_files_that_are_something_else_are_refused(tmp_path, run):
     path.write_text('{"instruction": "甲", "input": "乙"}\n', encoding="utf-8")
     with pytest.raises(UserError, match="answers.txt:1: expected a JSON object.*output is missing"):
         read_questions(path)
-    with pytest.raises(UserError, match="expected a text file"):
+    with pytest.raises(UserError, match="expected a file of answers, but No such file"):
         read_answers(tmp_path / "missing.txt")
     with pytest.raises(UserError, match="expected a name such as"):
         run("--input_file", path, "--save_file", tmp_path / "scored.json")

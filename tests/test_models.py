@@ -130,8 +130,10 @@ def test_a_folder_without_adapter_names_the_step(tiny_qwen, tmp_path):
 def test_the_step_that_makes_a_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_MODULE_MODEL_PATH", str(tmp_path / "final"))
     monkeypatch.setenv("QWEN_MERGED_DIR", str(tmp_path / "merged"))
-    for name, step in (("final", "make baichuan-train`"), ("merged", "make qwen-merge`"), ("x", "make qwen-download`")):
-        with pytest.raises(UserError, match=f"Run `{step}"):
+    monkeypatch.setenv("BAICHUAN_MODEL_DIR", str(tmp_path / "base"))
+    steps = {"final": "baichuan-train", "merged": "qwen-merge", "base": "baichuan-download", "x": "qwen-download"}
+    for name, step in steps.items():
+        with pytest.raises(UserError, match=f"Run `make {step}`"):
             check_model_dir(tmp_path / name)
 
 

@@ -2,11 +2,15 @@
 
 import io
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from finetune.checkpointing import Progress
 from finetune.conversation import Sample
+from finetune.pictures import find_cjk_font
 from finetune.progress import Meter, ProgressCallback, clock, decoded_sample, progress_line, size_text
 from finetune.report import draw_losses, git_commit, run_numbers, versions, write_json
 
@@ -83,7 +87,7 @@ def test_the_supervised_parts_of_a_row_are_marked() -> None:
     assert decoded_sample(_Letters(), everything) == "[[ab]]"
 
 
-def test_the_report_and_the_picture(tmp_path: Path) -> None:
+def test_the_report_and_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     progress = Progress(seconds=1800, tokens=900_000, supervised_tokens=100, starts=2, peak_memory_bytes=3 * 2**30)
     numbers = run_numbers(progress, Meter(1.0, price_per_hour=4.0), 50, 100)
     assert (numbers["tokens_per_second"], numbers["cost"], numbers["peak_memory_gib"]) == (500.0, 2.0, 3.0)
@@ -94,6 +98,14 @@ def test_the_report_and_the_picture(tmp_path: Path) -> None:
     draw_losses([*history, {"step": 8, "eval_loss": 1.0}], tmp_path / "loss.png", "a run")
     picture = (tmp_path / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+    draw_losses(history, tmp_path / "loss.png", "a ru?")
+    without_font = (tmp_path / "loss.png").read_bytes()
+    with warnings.catch_warnings(action="error"):  # matplotlib's, of a glyph that is missing
+        draw_losses(history, tmp_path / "loss.png", "a ru匹")
+        assert (tmp_path / "loss.png").read_bytes() != without_font or not find_cjk_font()
+        monkeypatch.setattr("finetune.report.find_cjk_font", lambda: None)
+        draw_losses(history, tmp_path / "loss.png", "a ru匹")
+    assert (tmp_path / "loss.png").read_bytes() == without_font
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "train_report.json"]
     assert {"python", "torch", "transformers"} <= set(versions())
     assert git_commit(tmp_path) is None

@@ -1,6 +1,9 @@
 """Reading of training rows: both spellings, the BOM, and what is refused with its line."""
 
 import json
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -77,5 +80,23 @@ def test_missing_empty_and_wrongly_encoded_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="found none"):
         read_rows(write(tmp_path / "empty.jsonl", ""))
     (tmp_path / "gbk.jsonl").write_bytes('{"conversation": "你好"}'.encode("gbk"))
-    with pytest.raises(UserError, match="expected UTF-8, found byte 0xc4"):
+    with pytest.raises(UserError, match="rows in UTF-8, found byte 0xc4") as refused:
         read_rows(tmp_path / "gbk.jsonl")
+    assert obey(str(refused.value), "from GBK: ").read_text(encoding="utf-8") == '{"conversation": "你好"}'
+
+
+def obey(text: str, marker: str) -> Path:
+    """Run the command that an error advises; returns the file it writes."""
+    command = text.partition(marker)[2]
+    subprocess.run(["bash", "-c", command], check=True)
+    return Path(shlex.split(command)[-1])
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_json_array_can_be_written_as_rows(tmp_path, indent):
+    array = [{"conversation": [{"human": human, "assistant": "好"}]} for human in ("一", "二")]
+    path = write(tmp_path / "an array.json", json.dumps(array, ensure_ascii=False, indent=indent))
+    with pytest.raises(UserError, match="found an array") as refused:
+        read_rows(path)
+    rows = read_rows(obey(str(refused.value), "a line each: "))
+    assert [row.turns[0].human for row in rows] == ["一", "二"]

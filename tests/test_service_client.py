@@ -178,13 +178,16 @@ def test_errors_in_one_line(service, tmp_path):
     foreign.write_text("你好\n", encoding="gbk")
     fine.write_text("say x\n")
     for flags, word in [
-        (["--file", str(tmp_path / "none")], "found none"),
+        (["--file", str(tmp_path / "none")], "expected a file of questions, but No such file"),
         (["--file", str(empty)], "one question a line"),
         (["--file", "好" * 100], "File name too long"),
-        (["--file", str(foreign)], f"{foreign}: expected a text file in UTF-8, found byte 0xc4"),
+        (["--file", str(foreign)], f"{foreign}: expected a file of questions in UTF-8, found byte 0xc4"),
         (["--file", str(fine), "--output", str(tmp_path / "nodir" / "x.jsonl")], "but No such file or directory"),
         (["--file", str(fine), "--output", str(tmp_path)], "but Is a directory"),
-        (["--url", "http://127.0.0.1:abc"], "expected an address like http://127.0.0.1:10820, got http://127.0.0.1:abc"),
+        (
+            ["--url", "http://127.0.0.1:abc"],
+            "expected an address like http://127.0.0.1:10820, got http://127.0.0.1:abc",
+        ),
         (["--url", "http://127.0.0.1:70000"], "Port out of range 0-65535"),
         (["--url", "127.0.0.1:10820"], "expected an address like http://127.0.0.1:10820, got 127.0.0.1:10820"),
     ]:

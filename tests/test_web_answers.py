@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from finetune.errors import UserError
 from llm_code.web_framework import actions
 from llm_code.web_framework.conversations import (
     as_json,
@@ -186,3 +187,10 @@ def test_exports():
     ]
     exported = json.loads(as_json(TALK, "你是医生"))
     assert exported["messages"] == [{"role": "system", "content": "你是医生"}, *TALK] and exported["exported"]
+
+
+def test_a_port_that_is_none_is_refused():
+    from llm_code.web_framework.web_app import check_port
+
+    with pytest.raises(UserError, match="port 70000 on 127.0.0.1 cannot be used .*0-65535"):
+        check_port(70000)

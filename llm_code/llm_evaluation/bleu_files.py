@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.lines import numbered_lines
 from finetune.pictures import picture
 
 ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -40,19 +41,10 @@ class ScoreFiles:
         self.picture = self.scored.with_suffix(".png")
 
 
-def _lines(path: str | Path) -> list[tuple[int, str]]:
-    """(number, text) of every line with something in it. Raises UserError when the file cannot be read."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected a text file in UTF-8, but {error}") from None
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
 def read_questions(path: str | Path) -> list[Question]:
     """Rows with instruction, input and output; instruction and input together are asked. Raises UserError on others."""
     questions = []
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path, "a .jsonl file of questions"):
         try:
             row = json.loads(line)
             instruction, asked, target = (row.get(key, "") for key in ("instruction", "input", "output"))
@@ -71,7 +63,7 @@ def read_questions(path: str | Path) -> list[Question]:
 def read_answers(path: str | Path) -> list[dict[str, Any]]:
     """input, predict and target of a finished file, and row (its line unless it says so). Raises UserError."""
     answers = []
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path, "a file of answers", json_lines=False):
         try:
             row = json.loads(line) if line.startswith("{") else dict(zip(KEYS, line.split("\t"), strict=True))
             if others := [key for key in KEYS if not isinstance(row[key], str)]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from finetune.errors import UserError, run_main
+from finetune.lines import numbered_lines
 from llm_code.module_interface.addresses import server_url
 from llm_code.service.client_conversation import Messages, converse, print_answer
 from llm_code.service.settings import own_key
@@ -56,9 +57,7 @@ def parse_args() -> argparse.Namespace:
 def read_questions(path: Path, system: str | None) -> list[Messages]:
     """Conversations to answer, one for every line that is not empty. Raises UserError."""
     conversations = []
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path, "a file of questions", json_lines=False):
         messages = [{"role": "user", "content": line.strip()}]
         if line.lstrip().startswith("{"):
             messages = _messages_of(line, f"{path}:{number}")
@@ -66,20 +65,6 @@ def read_questions(path: Path, system: str | None) -> list[Messages]:
     if not conversations:
         raise UserError(f"{path}: expected one question a line, found none.")
     return conversations
-
-
-def _text_of(path: Path) -> str:
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: expected a file of questions, found none.")
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: expected a file of questions, but {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: expected a text file in UTF-8, found byte 0x{error.object[error.start]:02x}. "
-            "Convert it first; from GBK: iconv -f GBK -t UTF-8"
-        ) from None
 
 
 def _messages_of(line: str, place: str) -> Messages:

@@ -90,8 +90,9 @@ def check_port(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
             raise UserError(
-                f"port {port} on {HOST} cannot be used ({getattr(error, 'strerror', None) or error}). Another page may be running: make status. "
+                f"port {port} on {HOST} cannot be used ({why}). Another page may be running: make status. "
                 "Choose another one: make baichuan-web BAICHUAN_WEB_PORT=17861"
             ) from error
 
