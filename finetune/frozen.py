@@ -63,10 +63,9 @@ class Frozen:
         Added to a product that is already rounded, an adapter's first terms are lost: they are smaller than half of its
         last place (benchmarks.small_terms). On an H100 that is so for addmm too, whose kernel rounds before it adds.
         """
+        bias = None if self.base.bias is None else self.base.bias.to(wide_TK.dtype)
         weight_OK = self.widened_weight(b_OR, wide_TK.shape[1] - self.base.in_features, wide_TK.dtype)
-        return functional.linear(
-            wide_TK, weight_OK, None if self.base.bias is None else self.base.bias.to(wide_TK.dtype)
-        )
+        return functional.linear(wide_TK, weight_OK, bias)
 
     def few_rows(self, x_TI: Tensor) -> Tensor:
         """x W^T + bias in float32, unrounded, for x in float32 and a 4-bit weight.

@@ -172,8 +172,8 @@ def check_same_run(output_dir: str | Path, identity: dict[str, Any], names: dict
             flags = " ".join(f"--{key} {there[key]}" for key in different if key not in NO_FLAGS)
             raise UserError(
                 f"{folder} belongs to another experiment:\n{listed}"
-                f"Set these back to go on with it{flags and f' ({flags})'}, or name another --output_dir (or remove the "
-                "folder) to start anew."
+                f"Set these back to go on with it{flags and f' ({flags})'}, or name another --output_dir "
+                "(or remove the folder) to start anew."
             )
 
 
