@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,13 +58,13 @@ def measure(run: Run, folder: Path, more: Sequence[str], limit_s: float) -> dict
     if missing:
         return {**result, "status": f"{missing[0]} is not installed"}
     try:
-        model_dir = _model_dir(folder, run.model)
+        model = model_dir(folder, run.model)
     except subprocess.CalledProcessError as error:
         return {**result, "status": _last(error.stderr.splitlines())}
     rows = run.train_file or write_rows(folder / "rows", run.model, run.rows, UPDATES_AN_EPOCH * run.rows.per_update)
     output_dir = folder / "output" / run.name
     shutil.rmtree(output_dir, ignore_errors=True)
-    flags = [*training_flags(run, str(model_dir), str(rows), str(output_dir)), *more]
+    flags = [*training_flags(run, str(model), str(rows), str(output_dir)), *more]
     command = command_of(run, flags)
     ended = execute(command, folder / "logs" / f"{run.name}.log", limit_s, environment_of(run))
     shutil.rmtree(output_dir / "final", ignore_errors=True)  # as large as the model in full fine-tuning
@@ -73,12 +73,12 @@ def measure(run: Run, folder: Path, more: Sequence[str], limit_s: float) -> dict
     if ended.status or not report.exists():
         print("\n".join(ended.lines[-LINES_SHOWN:]), file=sys.stderr)
         return {**result, "status": _last(ended.lines) or f"ended with {ended.status}"}
-    shape = shape_of_config(json.loads((model_dir / "config.json").read_text(encoding="utf-8")))
+    shape = shape_of_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
     numbers = numbers_of(run, shape, json.loads(report.read_text(encoding="utf-8")), flags)
     return {**result, "status": "done", **numbers, "seconds": ended.seconds["end"], "seconds_to_load": ended.loading}
 
 
-def _model_dir(folder: Path, model: str) -> Path:
+def model_dir(folder: Path, model: str) -> Path:
     """The model, made by a process of its own: one that has used a card keeps some of its memory."""
     target = folder / "models" / model
     program, last = ["benchmarks.random_model", str(target), model], "conversion.json"
@@ -108,8 +108,14 @@ def environment_of(run: Run) -> dict[str, str]:
     return SAME_FOR_ALL | os.environ
 
 
-def execute(command: Sequence[str], log: Path, limit_s: float, environment: Mapping[str, str] | None = None) -> Ended:
-    """Run to the end, or to the limit; what it prints goes to the log."""
+def execute(
+    command: Sequence[str],
+    log: Path,
+    limit_s: float,
+    environment: Mapping[str, str] | None = None,
+    watch: Callable[[subprocess.Popen, str], None] | None = None,
+) -> Ended:
+    """Run to the end, or to the limit; what it prints goes to the log, and line by line to `watch`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     lines, seconds, started = [], {}, time.monotonic()
     process = subprocess.Popen(
@@ -131,6 +137,8 @@ def execute(command: Sequence[str], log: Path, limit_s: float, environment: Mapp
             for start in LOADING:
                 if line.startswith(start):
                     seconds.setdefault(start, time.monotonic() - started)
+            if watch:
+                watch(process, line)
     status = process.wait()
     seconds["end"] = round(time.monotonic() - started, 1)
     if not timer.is_alive():

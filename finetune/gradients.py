@@ -44,8 +44,8 @@ class Gradients:
         self.norm = accelerator.clip_grad_norm_(self.parameters, max_norm or math.inf)
 
     def drop(self) -> None:
-        """Zeros, and a norm of 0."""
-        torch._foreach_zero_(self._present())
+        """None, so that the optimiser leaves weights and moments as they are, and a norm of 0."""
+        self.forget()
         self.norm = torch.zeros_like(self.norm)
 
     def forget(self, set_to_none: bool = True) -> None:

@@ -56,6 +56,20 @@ def _spoil_gradients(trainer: UpdateTrainer, monkeypatch, updates: set[int], val
     monkeypatch.setattr(trainer.gradients, "average", spoiled)
 
 
+class _Weights(TrainerCallback):
+    """`unmoved`: the updates, from 1, that left every weight as it was."""
+
+    def __init__(self) -> None:
+        self.unmoved: list[int] = []
+
+    def on_step_begin(self, args, state, control, model, **kwargs) -> None:
+        self.before = [parameter.clone() for parameter in model.parameters()]
+
+    def on_step_end(self, args, state, control, model, **kwargs) -> None:
+        if all(map(torch.equal, model.parameters(), self.before)):
+            self.unmoved.append(state.global_step)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize(("update", "limit"), [(3, 0.5), (6, 0.5), (3, 0.0)])  # in the middle, the last; unclipped
 def test_a_bad_gradient_ruins_no_weight_and_names_its_rows(
@@ -65,7 +79,10 @@ def test_a_bad_gradient_ruins_no_weight_and_names_its_rows(
     trainer = make_trainer(tmp_path, **settings)
     lines = sorted(trainer.train_dataset.samples[row].row for row in updates_of(trainer)[update - 1])
     _spoil_gradients(trainer, monkeypatch, {update}, value)
+    weights = _Weights()
+    trainer.add_callback(weights)
     assert trainer.run() == 0
+    assert weights.unmoved == [1, update]  # the warm-up begins with a learning rate of 0
     final = trainer.save_final()
     said = capfd.readouterr().err
     assert said.count("in a row with") == 1
