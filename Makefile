@@ -40,7 +40,8 @@ qwen_result = $(qwen_result_$(if $(filter command,$(origin QWEN_RESULT_FILE)),ad
 
 # How many cards baichuan-train takes: those of HOSTFILE's machines, or of this one.
 comma := ,
-hosts_cards = $(or $(shell python3 -m finetune.hosts --count '$(HOSTFILE)'),$(error $@ needs the machines of HOSTFILE))
+llm_python = $(or $(wildcard $(ENVS_DIR)/llm_env/bin/python),python3)
+hosts_cards = $(or $(shell $(llm_python) -m finetune.hosts --count '$(HOSTFILE)'),$(error $@ needs the machines of HOSTFILE))
 baichuan_cards = $(if $(HOSTFILE),$(hosts_cards),$(words $(subst $(comma), ,$(BAICHUAN_GPUS))))
 
 # A $ in a question is a dollar, not the beginning of a variable of make.

@@ -24,18 +24,18 @@ check_cards() {
   done
 }
 
+python="${ENVS_DIR:?set it in .env}/llm_env/bin/python"
+[[ -x "$python" ]] || python=python3
 gpus="${BAICHUAN_GPUS:-0,1}" port="${MASTER_PORT:-65224}" stage="${DEEPSPEED_STAGE:-auto}"
 count="$(tr ',' '\n' <<<"$gpus" | grep -c .)"
 [[ " auto none 1 2 3 2-offload 3-offload " == *" $stage "* ]] ||
   refuse "DEEPSPEED_STAGE must be auto, none, 1, 2, 3, 2-offload or 3-offload, got: $stage"
 [[ -n "${HOSTFILE:-}" ]] || check_cards
-[[ -z "${HOSTFILE:-}" ]] || count="$(python3 -m finetune.hosts --count "$HOSTFILE")"
+[[ -z "${HOSTFILE:-}" ]] || count="$("$python" -m finetune.hosts --count "$HOSTFILE")"
 flags=(--train_args_file "${BAICHUAN_TRAIN_CONFIG:-llm_code/training_config/baichuan2_config.json}")
 [[ -z "${BAICHUAN_MODEL_DIR:-}" ]] || flags+=(--model_name_or_path "$BAICHUAN_MODEL_DIR")
 [[ -z "${BAICHUAN_TRAIN_FILE:-}" ]] || flags+=(--train_file "$BAICHUAN_TRAIN_FILE")
 [[ -z "${BAICHUAN_OUTPUT_DIR:-}" ]] || flags+=(--output_dir "$BAICHUAN_OUTPUT_DIR")
-python="${ENVS_DIR:?set it in .env}/llm_env/bin/python"
-[[ -x "$python" ]] || python=python3
 [[ "$stage" != auto ]] || stage="$(CUDA_VISIBLE_DEVICES="$gpus" "$python" -m llm_code.choose_stage --num_gpus "$count" "${flags[@]}" "$@")"
 
 if [[ "$stage" == none ]]; then

@@ -149,19 +149,26 @@ def mistyped(names: list[str]) -> str:
 
 def _meant(name: str) -> list[str]:
     """Settings and flags of the trainings whose names are close to an unknown one, or hold it as a word."""
-    known, flags = [*read_example(), *MAKE_WORDS], _training_flags()
+    known = [*read_example(), *MAKE_WORDS]
     if name in known or name == "PATH":
         return []
+    flags = _training_flags()
     close = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.8)
     parts = [key for key in known if f"_{name.upper()}_" in f"_{key}_"]
     as_flags = difflib.get_close_matches(name.lower(), flags, 1, cutoff=0.8)
     as_flags = as_flags or [flag for flag in flags if flag.endswith(f"_{name.lower()}")]
-    return close or parts[:3] or [f'ARGS="--{flag} ..."' for flag in as_flags]
+    return parts[:3] or close or [f'ARGS="--{flag} ..."' for flag in as_flags]
 
 
 def _training_flags() -> list[str]:
     """What the shipped configurations of the trainings set, which a person may take for settings of make."""
-    return sorted({key for path in TRAIN_CONFIGS for key in json.loads((ROOT / path).read_text(encoding="utf-8"))})
+    found: set[str] = set()
+    for path in TRAIN_CONFIGS:
+        try:
+            found.update(json.loads((ROOT / path).read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # edited by hand: the training says what is wrong with it
+            continue
+    return sorted(found)
 
 
 def config_lines(origins: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 
+from scripts.settings import SECRET
 from scripts.step_process import send
 from scripts.step_state import StepError, StepState, known_steps, last_lines, processes_of
 
@@ -30,11 +31,12 @@ def typed_settings(makeflags: str) -> str:
     """The variables of make's command line as they can be typed again, each with a blank before it.
 
     GNU make hands them on in MAKEFLAGS, behind `--`, their blanks behind backslashes. Without them a training is
-    another experiment, or one of another length.
+    another experiment, or one of another length. What is secret is not shown: the line may be kept in a log.
     """
     words = re.findall(r"(?:\\.|[^\s\\])+", makeflags.partition(" -- ")[2])
     pairs = [re.sub(r"\\(.)", r"\1", word).partition("=") for word in words]
-    return "".join(f" {key}={shlex.quote(value)}" for key, _, value in reversed(pairs) if value)
+    values = {key: value.replace("$$", "$") for key, _, value in reversed(pairs) if value}  # make doubles each $
+    return "".join(f" {key}={'...' if SECRET.search(key) else shlex.quote(value)}" for key, value in values.items())
 
 
 def outcome(record: dict) -> str:

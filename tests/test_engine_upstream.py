@@ -226,6 +226,17 @@ def test_cancelling_closes_the_connection(server, engine):
     assert engine.stats().running == 0
 
 
+def test_a_request_cancelled_before_it_began_gets_its_last_event(server, engine):
+    """Whoever left at once holds no place: the service counts places until the last event."""
+    server.script = [0.2, piece("late", "stop"), DONE]
+    requests = []
+    for _ in range(100):
+        requests.append(engine.submit([1], SamplingParams(max_tokens=1)))
+        requests[-1].cancel()
+    assert {list(request)[-1].finish_reason for request in requests} == {"cancelled"}
+    assert engine.stats().running == 0
+
+
 def test_limits_hold_here_too(server, tiny_qwen):
     settings = EngineSettings(str(tiny_qwen), "vllm", upstream_url=server.url, max_batch=2, max_queue=1)
     engine = load_engine(settings)

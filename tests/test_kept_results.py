@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from finetune.partial_results import config_hash
 from llm_code.llm_evaluation import bleu, mmcu
+from llm_code.llm_evaluation.asking import kept_tag
 from tests.adapters import make_adapter
 from tests.tiny.build_mmcu import build_mmcu
 
@@ -58,3 +60,23 @@ def test_bleu_of_other_weights_keeps_answers_and_scores(tiny_qwen, tmp_path, run
     assert f"kept: {kept}" in said and len(tag) == 9
     found = {str(path).replace(tag, ""): data for path, data in contents(place).items() if tag in str(path)}
     assert found == {str(path): data for path, data in first.items()} and len(found) == 6
+
+
+def test_results_of_weights_that_a_server_does_not_name_never_replace_each_other(tmp_path):
+    """Three runs with the same settings: all are there at the end."""
+    place, config = tmp_path / "service", {"answer": "service", "weights": None}
+    for number in range(3):
+        place.mkdir(exist_ok=True)
+        mmcu.clear_place(place)
+        report = {"config": config, "config_hash": config_hash(config), "number": number}
+        (place / "report.json").write_text(json.dumps(report))
+        (place / "answers.jsonl").write_text("")
+    tag = config_hash(config)[:8]
+    names = [f"service-{tag}", f"service-{tag}-2", "service"]
+    assert [json.loads((tmp_path / name / "report.json").read_text())["number"] for name in names] == [0, 1, 2]
+
+
+def test_the_same_weights_and_settings_are_kept_once(tmp_path):
+    config = {"answer": "generate", "model": "abc"}
+    about = {"config": config, "config_hash": config_hash(config)}
+    assert kept_tag(about, lambda tag: tmp_path) == f"-{config_hash(config)[:8]}"

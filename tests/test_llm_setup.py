@@ -188,6 +188,25 @@ def test_a_hostfile_goes_to_every_machine(tmp_path: Path) -> None:
     assert command[: len(start.split())] == start.split()
 
 
+@pytest.mark.parametrize("target", ["baichuan-plan", "baichuan-train"])
+def test_machines_are_counted_where_the_boxs_own_python_is_too_old(tmp_path: Path, target: str) -> None:
+    """It runs scripts/ alone; what lies in finetune/ runs with llm_env's."""
+    (tmp_path / "hosts").write_text("worker-1 slots=8\nworker-2 slots=4\n")
+    environment, programs = tmp_path / "llm_env" / "bin", tmp_path / "bin"
+    for folder in (environment, programs):
+        folder.mkdir(parents=True)
+    (environment / "python").symlink_to(sys.executable)
+    old = f'#!/bin/sh\n[ "$1" != -m ] || {{ echo too old >&2; exit 2; }}\nexec {sys.executable} "$@"\n'
+    (programs / "python3").write_text(old)
+    (programs / "python3").chmod(0o755)
+    values = [f"HOSTFILE={tmp_path / 'hosts'}", f"ENVS_DIR={tmp_path}", "DEEPSPEED_STAGE=3", "DRY_RUN=1"]
+    values += ["BAICHUAN_MODEL_DIR=/m", "BAICHUAN_OUTPUT_DIR=/o"]
+    paths = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
+    done = subprocess.run(["make", target, *values], cwd=REPOSITORY, env=paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("--num_gpus 12" if target == "baichuan-plan" else f"--hostfile {tmp_path / 'hosts'}") in done.stdout
+
+
 def test_auto_says_what_it_chose_and_why(tmp_path: Path) -> None:
     """Two 80 GB cards hold no stage 1 (walkthrough, note 2); one holds the 7B in 16 bits."""
     model = tmp_path / "Baichuan2-7B-Chat"

@@ -167,6 +167,15 @@ def test_a_mistyped_name_on_the_command_line_starts_nothing(make, word, meant):
     assert done.returncode == 2 and expected in done.stderr and not done.stdout
 
 
+def test_a_configuration_edited_wrongly_hinders_no_step(checkout, make):
+    """Its own training says what is wrong with it."""
+    (checkout / "llm_code" / "training_config" / "baichuan2_config.json").write_text('{"a": 1,}')
+    done = make("status", "STEP=qwen-train")
+    assert "Traceback" not in done.stderr and "mistyped" not in done.stderr
+    assert "perhaps LIMIT is meant" in make("qwen-train", "LIMT=500", environment=PLACES).stderr
+    assert 'perhaps ARGS="--num_train_epochs ..."' in make("qwen-train", "EPOCHS=3", environment=PLACES).stderr
+
+
 def test_names_that_look_like_no_setting_pass(make):
     assert make("help", "HTTPS_PROXY=http://127.0.0.1:1", "OMP_NUM_THREADS=2", "CUDA_HOME=/c").returncode == 0
 

@@ -94,6 +94,15 @@ def test_a_list_is_read_as_a_whole_or_not_at_all(text, strict):
 @pytest.mark.parametrize(
     ("text", "strict"),
     [
+        ("【答案】ABD\n【解析】A项正确", "ABD"),
+        ("【答案】B。A是干扰项", "B"),
+        ("【正确答案】AC【解析】B错误", "AC"),
+        ("[答案] C，A不对", "C"),
+        ("答案是选项C，因为选项A太宽", "C"),
+        ("答案：选项A和选项C", "AC"),
+        ("答案是A，选项B错误", "A"),
+        ("答案：A+C", "AC"),
+        ("答案是A & D。", "AD"),
         ("A. 甲\nC. 丙", "AC"),
         ("答案：A. 甲；C. 丙", "AC"),
         ("答案是A项和C项", "AC"),

@@ -94,6 +94,18 @@ def test_the_advice_repeats_what_was_typed(checkout):
     assert failed.stderr.endswith(": make qwen-train ARGS='--warmup_steps 1 --seed 7' OUT='/data disk/中'\n")
 
 
+def test_the_advice_shows_no_secret_and_a_dollar_as_it_was_typed(checkout, tmp_path):
+    """Through make, which doubles dollars."""
+    makefile = tmp_path / "Makefile"
+    runner = f"python3 {checkout / 'scripts' / 'run_step.py'}"
+    makefile.write_text(f"qwen-download:\n\t@{runner} run qwen-download -- bash -c 'exit 7'\n")
+    words = ["qwen-download", "HF_TOKEN=hf_secret", "ARGS=--x a$$b"]
+    failed = subprocess.run(["make", "-f", makefile, *words], cwd=checkout, capture_output=True, text=True)
+    assert "hf_secret" not in failed.stderr
+    typed = failed.stderr.partition(": make qwen-download ")[2].splitlines()[0]
+    assert typed == "HF_TOKEN=... ARGS='--x a$$b'"
+
+
 def test_a_background_step_that_could_not_begin_keeps_no_other_from_being_shown(checkout):
     for program in ("no-such-program", "true"):
         run_step(checkout, "run", program[:4], "--", program, BG="1")

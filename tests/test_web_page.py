@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.web_visitor import BOX, CHAT, STATUS, Visitor
@@ -105,6 +106,28 @@ def test_a_streamed_answer_with_its_speed_and_nothing_from_outside(visitor, serv
     assert {url.split("/")[2] for url in visitor.asked if url.startswith("http")} == {served[0].split("/")[2]}
 
 
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("{}", None, 200),
+        ("{}", "http://{}", 200),
+        ("localhost:1", "http://localhost:17860", 200),  # the other end of a tunnel
+        ("evil.example:17860", None, 403),  # a name of elsewhere that points here
+        ("{}", "http://evil.example", 403),
+        ("{}", "null", 403),
+    ],
+)
+def test_only_this_machines_browser_is_answered(served, host, origin, status):
+    """A page of elsewhere in the same browser would use the service with the page's key."""
+    address = served[0].rstrip("/")
+    headers = {"Host": host.format(address.removeprefix("http://"))}
+    headers |= {"Origin": origin.format(headers["Host"])} if origin else {}
+    for path in ("/", "/config"):
+        assert httpx.get(address + path, headers=headers).status_code == status
+    posted = httpx.post(f"{address}/gradio_api/upload", headers=headers, files={"files": b"x"})
+    assert (posted.status_code == 403) == (status == 403)
+
+
 def test_gradios_own_buttons_are_chinese_in_any_browser(browser, served, service):
     service.queue_full, service.delay = False, 0.001
     visitor = Visitor(browser, served[0], locale="en-US")
@@ -141,6 +164,29 @@ def test_stop_before_the_first_word_gives_the_question_back(visitor, service):
     service.wait_until(lambda s: "排队一" in s.closed)
     visitor.ready()
     assert visitor.box() == "排队一" and visitor.bubbles() == [] and visitor.stored() == []
+
+
+def test_a_stopped_edit_and_a_stopped_retry_give_the_conversation_back(visitor, service):
+    visitor.ask("第一问")
+    visitor.ask("第二问")
+    before = visitor.bubbles()
+
+    def stop_and_look(question):
+        visitor.wait("等待回答", STATUS)
+        visitor.page.click("#question .stop-button")
+        service.wait_until(lambda s: question in s.closed)
+        visitor.ready()
+        service.wait_until(lambda _: visitor.bubbles() == before)
+        assert [[m["content"] for m in record["messages"]] for record in visitor.stored()] == [before]
+
+    visitor.page.locator(f'{CHAT} button[title="编辑"]').first.click()
+    visitor.page.locator(f"{CHAT} textarea").fill("排队改")
+    visitor.page.locator(f'{CHAT} button[title="发送"]').click()
+    stop_and_look("排队改")
+    assert visitor.box() == "排队改"
+    service.delay = 60
+    visitor.press("重试")
+    stop_and_look("第二问")
 
 
 def test_a_closed_page_stops_the_engine(visitor, service):

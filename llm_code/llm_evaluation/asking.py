@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,17 @@ def place_beside(standing: dict[str, Any] | None, config: dict[str, Any]) -> str
     if standing.get("limit") and not config.get("limit"):
         return ""
     return "_".join(f"{key}_{value}" for key, value in settings_of(config).items())
+
+
+def kept_tag(about: dict[str, Any], place: Callable[[str], Path]) -> str:
+    """What the name of a finished result gets when it is set aside: -HASH of its settings, by which place() is free.
+
+    Where its weights are not known the same settings may have given another result before: then -HASH-2 and so on.
+    """
+    tag = f"-{about['config_hash'][:8]}"
+    if may_reuse(about["config"]):
+        return tag
+    return next(one for one in chain([tag], (f"{tag}-{number}" for number in count(2))) if not place(one).exists())
 
 
 def set_aside(moves: Iterable[tuple[Path, Path]], kept: Path) -> None:

@@ -28,6 +28,7 @@ from llm_code.llm_evaluation.answering import Decoding, Prompt
 from llm_code.llm_evaluation.asking import (
     add_model_flags,
     collect,
+    kept_tag,
     make_answerer,
     may_reuse,
     place_beside,
@@ -96,12 +97,15 @@ def clear_place(answers: Path, record: Path, scores: ScoreFiles) -> None:
     about = read_record(answers, record)
     if about is None:
         return record.unlink(missing_ok=True)
-    tag = f"-{about['config_hash'][:8]}"
-    kept = answers.with_name(f"{answers.stem}{tag}{answers.suffix}")
+    tag = kept_tag(about, lambda tag: _tagged(answers, tag))
+    kept = _tagged(answers, tag)
     moves = [(record, kept.with_name(kept.name + ".json")), (answers, kept)]
-    for path in (scores.summary, scores.scored, scores.records, scores.picture):
-        moves.append((path, path.with_name(f"{path.stem}{tag}{path.suffix}")))
-    set_aside(moves, kept)
+    scored = (scores.summary, scores.scored, scores.records, scores.picture)
+    set_aside([*moves, *((path, _tagged(path, tag)) for path in scored)], kept)
+
+
+def _tagged(path: Path, tag: str) -> Path:
+    return path.with_name(f"{path.stem}{tag}{path.suffix}")
 
 
 def set_places(args: argparse.Namespace, config: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from llm_code.llm_evaluation.answering import Decoding, Prompt
 from llm_code.llm_evaluation.asking import (
     add_model_flags,
     collect,
+    kept_tag,
     make_answerer,
     may_reuse,
     place_beside,
@@ -114,7 +115,8 @@ def clear_place(save_dir: Path) -> None:
     subjects = list(by_subject(read_answers(save_dir))) if answers.exists() else []
     if report.exists() and answers.exists():
         done = json.loads(report.read_text(encoding="utf-8"))
-        kept = save_dir.with_name(f"{save_dir.name}-{done['config_hash'][:8]}")
+        beside = save_dir.with_name
+        kept = beside(save_dir.name + kept_tag(done, lambda tag: beside(save_dir.name + tag)))
         names = ["report.json", "report.txt", "report.md", "report.png", *subjects, "answers.jsonl"]
         return set_aside([(save_dir / name, kept / name) for name in names], kept)
     for name in ("report.json", *subjects):

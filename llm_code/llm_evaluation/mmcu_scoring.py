@@ -13,10 +13,13 @@ NO_ANSWER = "未成功回答"  # the benchmark's word for an answer without a le
 OPENING = r"[\"'“”‘’(\[【*\s]*"
 RUN = r"[A-D]++(?![A-Za-z0-9])"  # not part of a word or a number
 EITHER = r"(?:或者|或|还是|\bor\b)"
-LISTED = rf"(?:[ ,、;/和及与]|以及|and|{EITHER})"  # with "or", so that what leaves it open is read as a whole too
+LISTED = rf"(?:[ ,、;/+&和及与]|以及|and|{EITHER})"  # with "or", so that what leaves it open is read as a whole too
 # A.B.C is a list, but "A.B细胞" is option A and its text
 DOTTED = r"\.(?=(?>[A-D](?:\.[A-D])*)(?![A-Za-z0-9\u4e00-\u9fff]))"
-BETWEEN = rf"(?:(?:选?项)?{LISTED}{{1,4}}|[)\]】]{LISTED}{{,3}}[(\[【]|\*\*{LISTED}{{,3}}\*\*|{DOTTED})"
+BETWEEN = (
+    rf"(?:(?:选?项)?{LISTED}{{1,4}}|(?:选?项)?[和及与]选项"
+    rf"|[)\]】]{LISTED}{{,3}}[(\[【]|\*\*{LISTED}{{,3}}\*\*|{DOTTED})"
+)
 WRONG = r"\s*(?:选?项)?[都均]?\s*(?:不|错)"
 # a list of letters as a whole or not at all: a part of it would be another answer
 LIST = rf"(?>{RUN}(?:{BETWEEN}{RUN})*)"
@@ -26,8 +29,8 @@ NOT_THOSE = rf",?\s*不(?:应该?|能)?[选是]择?\s*{OPENING}[A-D]"  # "选A�
 CHOICE = rf"(?:{GROUP}|({LIST})(?={NOT_THOSE})|({RUN})(?=,\s*{RUN}{WRONG}))"
 HAS = r"(?:只?有|包括|包含)"
 STATED = re.compile(
-    r"(?:答案|正确选项|正确的选项|(?i:answer))(?:的?(?:序号|选项))?\s*(?:应该|应当|应)?\s*"
-    rf"(?:是|为|选|{HAS}|:|=|is\b)*\s*{OPENING}{CHOICE}"
+    r"(?:答案|正确选项|正确的选项|(?i:answer))(?:的?(?:序号|选项))?[)\]】]?\s*(?:应该|应当|应)?\s*"
+    rf"(?:是|为|选项?|{HAS}|:|=|is\b)*\s*{OPENING}{CHOICE}"
     rf"|(?<!不)(?:故|应|应当|应该|所以|因此),?\s*(?:本题)?选择?(?:是|为|:)*\s*{OPENING}{CHOICE}"
 )
 CHOSEN = re.compile(rf"(?<![不没别勿未])选择?(?:是|为|:)*\s*{OPENING}{CHOICE}")

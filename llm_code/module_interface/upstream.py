@@ -107,7 +107,7 @@ class UpstreamEngine(EngineBase):
 
     def _cancel(self, request_id: str) -> None:
         if task := self._tasks.get(request_id):
-            task.cancel()
+            self._loop.call_soon(task.cancel)  # cancelled before its first step it would never reach its `try`
 
     async def _serve(self, request: LiveRequest, body: dict[str, Any], answer: Answer) -> None:
         """Run one request to its last event, whatever happens."""

@@ -16,13 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llm_code.service.errors import ApiError, ClientGone, of_engine
 from llm_code.service.http import error_reply, internal_error, log_failure
 from llm_code.service.lifecycle import Lifecycle
-from llm_code.service.settings import ServiceSettings, is_loopback
+from llm_code.service.settings import ServiceSettings, is_this_machine
 
 CHAT_PATH = "/v1/chat/completions"
 OPEN_PATHS = ("/health", "/ready")
 PATHS = (*OPEN_PATHS, "/metrics", "/openapi.json", "/internal/ask", "/v1/models", "/v1/completions", CHAT_PATH)
 CLIENT_LEFT = 499
-PORT = re.compile(r":\d+$")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 log = logging.getLogger("llm_code.service.access")
 
@@ -167,7 +166,7 @@ class Keys:
     @staticmethod
     def _check_host(scope: Scope) -> int:
         host = Headers(scope=scope).get("host", "")
-        if not is_loopback(PORT.sub("", host).strip("[]")):
+        if not is_this_machine(host):
             message = f"without API_KEY this service answers only to localhost and 127.0.0.1, not to {host[:100]!r}"
             raise ApiError(403, message, code="unknown_host")
         return 0

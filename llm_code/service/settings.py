@@ -2,9 +2,12 @@
 
 import ipaddress
 import os
+import re
 from dataclasses import dataclass
 
 from finetune.errors import UserError
+
+PORT = re.compile(r":\d+$")
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,8 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a Host header names the loopback; a name of elsewhere that points here (DNS rebinding) does not."""
+    return is_loopback(PORT.sub("", host).strip("[]"))

@@ -70,12 +70,15 @@ def undo(chat: list[Any], event: gr.UndoData) -> tuple:
     return *up_to_question(plain(chat), event.index), ""
 
 
-def finish(chat: list[Any], question: str, system: str, identity: str | None) -> tuple:
-    """After the last word or a stop: the chat, the box (with the question, if it got no answer), and the record."""
+def finish(chat: list[Any], question: str, system: str, identity: str | None, before: Before | None) -> tuple:
+    """After the last word or a stop: the chat, the box, and the record.
+
+    Without an answer the chat is what it was before the question, the retry or the edit, and the box has the question.
+    """
     messages, box = plain(chat), gr.Textbox(**READY_BOX)
     if messages and messages[-1]["role"] == "user":
-        unanswered = messages.pop()["content"]
-        box = gr.Textbox(value=question or unanswered, **READY_BOX)
+        messages, unanswered = before or (messages[:-1], messages[-1]["content"])
+        box = gr.Textbox(value=question or unanswered or "", **READY_BOX)
     record = packed(record_of(identity, messages, system)) if identity else ""
     return messages, box, record
 

@@ -83,7 +83,7 @@ class Events:
 
     def _finish(self, trigger: Callable[..., Any], **options: Any) -> Any:
         p = self.parts
-        inputs, outputs = [p.chat, p.question, p.system, p.identity], [p.chat, p.question, p.record]
+        inputs, outputs = [p.chat, p.question, p.system, p.identity, p.before], [p.chat, p.question, p.record]
         return on(trigger, actions.finish, inputs, outputs, **options)
 
     def _finish_and_save(self, trigger: Callable[..., Any]) -> None:

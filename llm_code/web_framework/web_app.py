@@ -20,28 +20,6 @@ from llm_code.module_interface.addresses import server_url
 from llm_code.service.settings import own_key
 
 HOST = "127.0.0.1"
-# Whatever a model writes or a library wants: the browser asks nobody but this server.
-CONTENT_SECURITY_POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
-    "form-action 'self'; frame-ancestors 'none'"
-)
-
-
-class SecurityHeaders:
-    """ASGI middleware that sends the policy with every answer."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                headers = [(b"content-security-policy", CONTENT_SECURITY_POLICY.encode())]
-                headers += [(b"referrer-policy", b"no-referrer"), (b"x-content-type-options", b"nosniff")]
-                message = {**message, "headers": [*message["headers"], *headers]}
-            await send(message)
-
-        await self.app(scope, receive, send_with_headers)
 
 
 def build_page(service: Any, feedback_file: Path) -> Any:
@@ -63,6 +41,7 @@ def launch(page: Any, port: int) -> str:
     from starlette.middleware import Middleware
 
     from llm_code.web_framework import texts
+    from llm_code.web_framework.guard import Guard
     from llm_code.web_framework.page import HEAD, theme
 
     page.queue(default_concurrency_limit=None, api_open=False)
@@ -75,7 +54,7 @@ def launch(page: Any, port: int) -> str:
         ssr_mode=False,
         footer_links=[],
         enable_monitoring=False,
-        app_kwargs={"middleware": [Middleware(SecurityHeaders)]},
+        app_kwargs={"middleware": [Middleware(Guard)]},
         theme=theme(),
         head=HEAD,
         i18n=gr.I18n(**dict.fromkeys(("zh-CN", "zh-TW", "zh", "en"), texts.GRADIO)),
