@@ -14,10 +14,11 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeVar
 
 from finetune.errors import UserError
+from finetune.json_files import read_json_object
 
 USUAL_LORA_DROPOUT = 0.05
 MAX_PLAUSIBLE_DROPOUT = 0.3
@@ -43,8 +44,14 @@ SCHEDULES = (
 )
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None, at_least: float | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices, "at_least": at_least})
+def _option(
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices, "at_least": at_least, "below": below})
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,9 @@ class DataArguments:
 
     train_file: str | None = _option(None, ".jsonl file of training rows")
     eval_file: str | None = _option(None, ".jsonl file of rows whose loss is measured while training")
-    eval_split_percentage: float = _option(0.0, "without eval_file: percent of training rows held out", at_least=0)
+    eval_split_percentage: float = _option(
+        0.0, "without eval_file: percent of training rows held out", at_least=0, below=100
+    )
     max_seq_length: int = _option(1024, "tokens; a longer row is cut so that supervised tokens remain", at_least=8)
 
 
@@ -145,26 +154,17 @@ def _plain_type(item: Field) -> type:
     return item.type
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(path: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"the key `{twice}` stands there twice. Keep one.")
+        raise UserError(f"{path}: the key `{twice}` stands there twice. Keep one.")
     return dict(pairs)
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_refuse_duplicates)
-    except OSError as error:
-        raise UserError(f"--train_args_file {path}: {error.strerror}. Name an existing JSON file.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}.") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object {{...}} of settings, found {type(content).__name__}.")
-    return content
+    advice = "Name an existing JSON file."
+    return read_json_object(path, "--train_args_file", advice, partial(_refuse_duplicates, path))
 
 
 def _check_json_value(where: str, item: Field, value: Any) -> Any:
@@ -194,11 +194,13 @@ def _values_of_json(path: str) -> dict[str, Any]:
 
 
 def _check_range(where: str, item: Field, value: Any) -> None:
-    choices, at_least = item.metadata["choices"], item.metadata["at_least"]
+    choices, at_least, below = (item.metadata[key] for key in ("choices", "at_least", "below"))
     if choices and value not in choices:
         raise UserError(f"{where} must be one of {', '.join(choices)}, found `{value}`{nearest(str(value), choices)}.")
     if at_least is not None and not value >= at_least:
         raise UserError(f"{where} must be at least {at_least}, found {value}.")
+    if below is not None and not value < below:
+        raise UserError(f"{where} must be below {below}, found {value}.")
 
 
 def bool_(text: str) -> bool:

@@ -79,7 +79,7 @@ def weights_remarks(named: Sequence[Sequence[str]], train_dir: Path) -> list[str
     here = (adapter_fingerprint if part == "adapter" else fingerprint)(final)
     for name, _, after in named:
         config = read_config(Path(after))
-        there = config.get("weights" if "service" in config else part)  # a service's model is a name
+        there = None if "service" in config else config.get(part)  # a service's model is a name
         if there and there != here:
             remarks.append(
                 f"{name}: the fine-tuned answers are of other weights ({there[:8]}) than {final} holds ({here[:8]}): "

@@ -168,9 +168,20 @@ class CheckpointingTrainer(Trainer, ABC):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint and (Path(checkpoint) / UNIVERSAL).exists():
                 self._after_universal(Path(checkpoint))
+            if checkpoint:
+                self._follow_schedule()
             return
         for name, target in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
             target.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+        self._follow_schedule()
+
+    def _follow_schedule(self) -> None:
+        """The next update's rate by this run's schedule: the one loaded is that of the run as it was planned before."""
+        scheduler = self.lr_scheduler  # a LambdaLR, as all of finetune.arguments.SCHEDULES
+        groups = scheduler.optimizer.param_groups
+        for group, peak, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = peak * share(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]
 
     def _after_universal(self, checkpoint: Path) -> None:
         """What DeepSpeed leaves out in stage 3; then the large part of the rewritten checkpoint is removed."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.json_files import read_json_object
 from finetune.saving import read_marker
 from finetune.tensor_files import Place, read_header, tensor_places
 
@@ -63,7 +64,7 @@ def read_adapter_config(adapter_dir: str | Path) -> dict[str, Any]:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).exists():
             raise UserError(f"{folder}: expected a LoRA adapter, found no {name}. Run `make qwen-train` first.")
-    return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return read_json_object(folder / ADAPTER_CONFIG, "adapter configuration", "")
 
 
 def check_adapter(adapter_dir: str | Path, model_dir: str | Path) -> None:

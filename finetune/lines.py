@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.errors import UserError
 
 ONE_A_LINE = (
-    "python3 -c 'import json, sys; [print(json.dumps(row, ensure_ascii=False)) for row in json.load(sys.stdin)]'"
+    "python3 -c 'import json, sys; [print(json.dumps(row, ensure_ascii=False)) for row in json.load(sys.stdin.buffer)]'"
 )
 
 
@@ -31,10 +31,15 @@ def numbered_lines(path: str | Path, what: str, json_lines: bool = True) -> Iter
     except OSError as error:
         raise UserError(f"{path}: expected {what}, but {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: expected {what} in UTF-8, found byte 0x{error.object[error.start]:02x}. "
-            f"Convert it first; from GBK: iconv -f GBK -t UTF-8 {_quoted(path)} > {_quoted(path, Path(path).suffix)}"
-        ) from None
+        raise not_utf8(path, what, error) from None
+
+
+def not_utf8(path: str | Path, what: str, error: UnicodeDecodeError) -> UserError:
+    """The error for a file in another encoding, with the command that converts it."""
+    return UserError(
+        f"{path}: expected {what} in UTF-8, found byte 0x{error.object[error.start]:02x}. "
+        f"Convert it first; from GBK: iconv -f GBK -t UTF-8 {_quoted(path)} > {_quoted(path, Path(path).suffix)}"
+    )
 
 
 def _quoted(path: str | Path, suffix: str | None = None) -> str:

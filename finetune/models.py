@@ -1,6 +1,5 @@
 """Load a model for inference: a base or merged checkpoint, an adapter on its base, in 16 bit, 32 bit or NF4."""
 
-import json
 import os
 import subprocess
 import warnings
@@ -9,6 +8,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.identity import check_adapter
+from finetune.json_files import read_json_object
 
 LEGACY_TYPES = ("qwen", "baichuan")
 # Steps that make the folders which .env names; every other model folder is a download's.
@@ -35,7 +35,7 @@ def check_model_dir(model_dir: str | Path) -> Path:
         raise UserError(f"{folder}: expected a model folder, found nothing there. {_run_first(folder)}")
     if not config_path.exists():
         raise UserError(f"{folder}: expected a model folder, found no config.json. {_run_first(folder)}")
-    kind = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
+    kind = read_json_object(config_path, "model configuration", _run_first(folder)).get("model_type")
     if kind in LEGACY_TYPES:
         raise UserError(
             f"{folder} is in the original {kind} layout, which current transformers no longer runs. "

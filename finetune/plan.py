@@ -21,6 +21,7 @@ from pathlib import Path
 from finetune.arguments import Arguments, nearest, parse_arguments
 from finetune.errors import UserError, run_main
 from finetune.gpus import GIB, GPUS, Gpu, found_gpu, named_gpu, price_per_hour, with_memory
+from finetune.json_files import read_json_object
 from finetune.memory import (
     ADAM_STATE_BYTES,
     KNOWN_SHAPES,
@@ -85,7 +86,7 @@ def shape_of(model: str) -> Shape:
     """Shape of a folder's config.json, or of a name such as qwen-14b or a hub id that contains one."""
     config = Path(model) / "config.json"
     if config.is_file():
-        return shape_of_config(json.loads(config.read_text(encoding="utf-8")))
+        return shape_of_config(read_json_object(config, "model configuration", ""))
     name = Path(model).name.lower()
     known = next((known for known in KNOWN_SHAPES if name.startswith(known)), None)
     if known is None:

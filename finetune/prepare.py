@@ -225,8 +225,6 @@ def load_samples(arguments: Arguments, tokenizer: "PreTrainedTokenizerBase") -> 
 
 def split_rows(samples: Sequence["Sample"], percentage: float, seed: int) -> tuple[list["Sample"], list["Sample"]]:
     """(rest, held out): `percentage` of the rows, at least one, the same for the same seed."""
-    if percentage >= 100:
-        raise UserError(f"eval_split_percentage must be below 100, found {percentage}.")
     held_out = set(random.Random(seed).sample(range(len(samples)), max(1, round(len(samples) * percentage / 100))))
     rest = [sample for index, sample in enumerate(samples) if index not in held_out]
     if not rest:

@@ -9,6 +9,7 @@
 folder is never continued with another experiment by accident.
 """
 
+import errno
 import json
 import os
 import re
@@ -79,7 +80,7 @@ def publish(written: str | Path, target: str | Path, record: dict[str, Any]) -> 
     old = written.with_name(f"{OLD}{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        os.rename(target, old)
+        _take_away(target, old)
     os.rename(written, target)
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -131,12 +132,32 @@ def rotate(output_dir: str | Path, limit: int, best: str | Path | None = None) -
 def _remove(path: Path, aside: Path) -> None:
     """A folder, or what a link leads to. Aside first: an interrupted removal must not leave a part of a checkpoint."""
     aside.mkdir(exist_ok=True)
-    condemned = aside / f"removed-{path.name}"
+    condemned, content = aside / f"removed-{path.name}", path.resolve()
     shutil.rmtree(condemned, ignore_errors=True)
-    os.rename(path, condemned)
-    shutil.rmtree(condemned.resolve(), ignore_errors=True)
+    _take_away(path, condemned)
     if condemned.is_symlink():
         condemned.unlink()
+        condemned = content
+    shutil.rmtree(condemned, ignore_errors=True)
+
+
+def _take_away(path: Path, aside: Path) -> None:
+    """Rename, or remove where that cannot be: overlayfs moves no folder of a container's image.
+
+    Then the marker says at once that the folder is torn, and goes last: without one it would be another program's.
+    """
+    try:
+        return os.rename(path, aside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    (path / MARKER).write_text("")
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != MARKER:
+            entry.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def check_nothing_foreign(output_dir: str | Path) -> None:

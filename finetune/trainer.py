@@ -387,6 +387,7 @@ class _ObeyStop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Called when the update is done, after transformers has decided what to do at this step."""
         self.trainer.mark_time()
+        control.should_log |= state.global_step >= state.max_steps  # what came after the last full interval
         if self.trainer.stop_signal:
             silence_lost_output()  # again: the reader of a pipe may have got the same signal, and left since
             control.should_log = control.should_training_stop = True

@@ -287,6 +287,8 @@ def _write_report(run: Run, trainer: "UpdateTrainer", status: str) -> None:
     folders = [run.output_dir, *([run.output_dir / "final"] if status == "finished" else [])]
     for folder in folders:
         report.write_json(folder / "train_report.json", content)
+    written = [run.output_dir / "train_report.json"]
     if history:
-        report.draw_losses(history, run.output_dir / "loss.png", f"{run.output_dir.name} ({status})")
-    say(f"report: {run.output_dir / 'train_report.json'}, {run.output_dir / 'loss.png'}")
+        written.append(run.output_dir / "loss.png")
+        report.draw_losses(history, written[-1], f"{run.output_dir.name} ({status})")
+    say(f"report: {', '.join(map(str, written))}")

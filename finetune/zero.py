@@ -5,7 +5,6 @@ A stage is called as in the plan: none, 1, 2, 3, 2-offload, 3-offload. DeepSpeed
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.json_files import read_json_object
 from finetune.memory import STAGES
 
 if TYPE_CHECKING:
@@ -28,12 +28,9 @@ DECIDED_ELSEWHERE = ("optimizer", "scheduler")
 
 def read_zero_config(path: str | Path) -> dict[str, Any]:
     """A DeepSpeed file. Raises UserError when it is missing, no JSON, or decides what the training JSON decides."""
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"DeepSpeed file {path}: {error.strerror}. Look in llm_code/deepspeed_config/.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}.") from None
+    config = read_json_object(path, "DeepSpeed file", "Look in llm_code/deepspeed_config/.")
+    if not isinstance(config.get("zero_optimization", {}), dict):
+        raise UserError(f"{path}: `zero_optimization` must be an object {{...}}. Look in llm_code/deepspeed_config/.")
     found = [name for name in DECIDED_ELSEWHERE if name in config]
     if found:
         raise UserError(
@@ -48,7 +45,7 @@ def stage_of(path: str | Path | None) -> str:
     if not path:
         return "none"
     zero = read_zero_config(path).get("zero_optimization", {})
-    offloads = any(zero.get(f"offload_{what}", {}).get("device") == "cpu" for what in ("optimizer", "param"))
+    offloads = any((zero.get(f"offload_{what}") or {}).get("device") == "cpu" for what in ("optimizer", "param"))
     name = f"{zero.get('stage')}-offload" if offloads else str(zero.get("stage"))
     if name not in STAGES[1:]:
         raise UserError(f"{path}: expected zero_optimization with a stage of {', '.join(STAGES[1:])}, found {name}.")

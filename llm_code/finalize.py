@@ -75,8 +75,12 @@ def _write_aside(checkpoint: Path, base_dir: Path, output_dir: Path, written: Pa
     from finetune.final_model import complete
 
     written.mkdir(parents=True)
-    copy_weights(checkpoint, base_dir, written)
-    # Training takes the marker first when it removes an old checkpoint: while it is there, all was there.
+    try:
+        copy_weights(checkpoint, base_dir, written)
+    except FileNotFoundError:
+        if saving.is_complete(checkpoint):
+            raise
+    # Training renames an old checkpoint before it removes it: while its marker is there, all was there.
     marker = saving.read_marker(checkpoint)
     if marker is None:
         raise UserError(f"{checkpoint} was removed while it was copied. Run it again for the newest one.")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -23,6 +24,9 @@ if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
     if find_cards():  # which torch does not see: the tests mean the processor
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:  # of nohup or a shell's `&`: what tests start would inherit it
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 for key in [*read_example(), "BG", "DRY_RUN", "STEP", "MAKEFLAGS", "MAKELEVEL"]:
     if key != "CUDA_VISIBLE_DEVICES":
         os.environ.pop(key, None)

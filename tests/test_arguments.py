@@ -114,10 +114,18 @@ def test_a_dropout_of_one_half_is_remarked_upon(tmp_path: Path) -> None:
         ('{"seed": 1, "seed": 2}', "config.json: the key `seed` stands there twice"),
         ('{"seed": 1,\n}', "config.json:2: not JSON"),
         ("[1]", "expected an object"),
+        ({"eval_split_percentage": 100}, "`eval_split_percentage` must be below 100, found 100"),
     ],
 )
 def test_a_wrong_value_is_refused_with_file_and_key(tmp_path: Path, content: dict | str, words: str) -> None:
     assert words in refusal(tmp_path, content)
+
+
+def test_a_file_in_gbk_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
+    path = tmp_path / "配置.json"
+    path.write_text('{"output_dir": "/root/输出"}', encoding="gbk")
+    with pytest.raises(UserError, match="--train_args_file in UTF-8, found byte 0xca.*iconv -f GBK"):
+        parse_arguments(["--train_args_file", str(path)])
 
 
 def test_a_missing_file_and_a_missing_key(tmp_path: Path) -> None:

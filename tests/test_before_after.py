@@ -256,3 +256,6 @@ def test_scores_of_other_weights_than_the_trainings_are_told(run, trained, tiny_
         assert told.count("answers are of other weights (922053c2) than") == words
         page = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
         assert page.count("they say nothing about this training") == words
+    # A service tells a digest of weights and numbers' format together, which no folder has.
+    about.write_text(json.dumps({"config": {"service": "http://127.0.0.1:1", "model": "final", "weights": "922053c2"}}))
+    assert "other weights" not in run(["task", *paths]).err

@@ -55,6 +55,14 @@ def test_a_block_that_would_win_over_the_training_json_is_refused(tmp_path: Path
     path.write_text(json.dumps({"zero_optimization": {"stage": 4}}))
     with pytest.raises(UserError, match="expected zero_optimization with a stage of 1, 2, 3"):
         stage_of(path)
+    path.write_text(json.dumps({"zero_optimization": None}))
+    with pytest.raises(UserError, match="`zero_optimization` must be an object"):
+        stage_of(path)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": None}}))
+    assert stage_of(path) == "2"
+    path.write_text('{"_": "阶段"}', encoding="gbk")
+    with pytest.raises(UserError, match="DeepSpeed file in UTF-8, found byte"):
+        stage_of(path)
     path.write_text("{")
     with pytest.raises(UserError, match="zero.json:1: not JSON"):
         stage_of(path)

@@ -273,16 +273,21 @@ def test_a_checkpoint_that_training_removes_while_it_is_copied_is_no_final(
     from llm_code import finalize
 
     checkpoint, copy_weights = tmp_path / "checkpoint-2", finalize.copy_weights
-    shutil.copytree(reference / f"checkpoint-{UPDATES}", checkpoint)
 
     def copy_and_rotate(*paths: Path) -> None:
         copy_weights(*paths)
         shutil.rmtree(checkpoint)
 
-    monkeypatch.setattr(finalize, "copy_weights", copy_and_rotate)
-    with pytest.raises(UserError, match="checkpoint-2 was removed while it was copied"):
-        finalize.write_final(checkpoint, Path(settings["BAICHUAN_MODEL_DIR"]), tmp_path)
-    assert not list(tmp_path.iterdir())
+    def rotate_and_copy(*paths: Path) -> None:
+        shutil.rmtree(checkpoint)
+        shutil.copyfile(checkpoint / "model-00002-of-00002.safetensors", paths[-1] / "model-00002-of-00002.safetensors")
+
+    for copy in (copy_and_rotate, rotate_and_copy):
+        shutil.copytree(reference / f"checkpoint-{UPDATES}", checkpoint)
+        monkeypatch.setattr(finalize, "copy_weights", copy)
+        with pytest.raises(UserError, match="checkpoint-2 was removed while it was copied"):
+            finalize.write_final(checkpoint, Path(settings["BAICHUAN_MODEL_DIR"]), tmp_path)
+        assert not list(tmp_path.iterdir())
 
 
 def test_stage_1_stops_at_sigterm_saved_and_goes_on(

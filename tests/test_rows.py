@@ -92,10 +92,11 @@ def obey(text: str, marker: str) -> Path:
     return Path(shlex.split(command)[-1])
 
 
+@pytest.mark.parametrize("bom", [False, True])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_one_json_array_can_be_written_as_rows(tmp_path, indent):
+def test_one_json_array_can_be_written_as_rows(tmp_path, indent, bom):
     array = [{"conversation": [{"human": human, "assistant": "好"}]} for human in ("一", "二")]
-    path = write(tmp_path / "an array.json", json.dumps(array, ensure_ascii=False, indent=indent))
+    path = write(tmp_path / "an array.json", json.dumps(array, ensure_ascii=False, indent=indent), bom=bom)
     with pytest.raises(UserError, match="found an array") as refused:
         read_rows(path)
     rows = read_rows(obey(str(refused.value), "a line each: "))

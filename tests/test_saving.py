@@ -1,5 +1,6 @@
 """Folders written aside and renamed, found again, rotated; other experiments refused; disk counted beforehand."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -84,13 +85,59 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [10]
 
 
-def test_rotation_frees_what_a_link_leads_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_rotation_frees_what_a_link_leads_to(tmp_path: Path, is_relative: bool) -> None:
     moved = tmp_path / "other disk"
     shutil.move(write(tmp_path / "out", 1), moved)
-    (tmp_path / "out" / "checkpoint-1").symlink_to(moved)
+    (tmp_path / "out" / "checkpoint-1").symlink_to(Path("..", moved.name) if is_relative else moved)
+    bystander = tmp_path / "out" / moved.name / "file"  # where a relative link would lead from .saving/
+    bystander.parent.mkdir()
+    bystander.touch()
     write(tmp_path / "out", 2)
     saving.rotate(tmp_path / "out", 1)
     assert not moved.exists() and [step for step, _ in saving.list_checkpoints(tmp_path / "out")] == [2]
+    assert bystander.exists() and not list(saving.aside_dir(tmp_path / "out").iterdir())
+
+
+def _overlay(folders: set[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of a container's image, which overlayfs renames for nobody."""
+    rename = os.rename
+
+    def refused(path: Path, target: Path) -> None:
+        if Path(path) in folders:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+        rename(path, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+
+
+def test_folders_of_a_containers_image_are_removed_and_replaced(tmp_path: Path, monkeypatch) -> None:
+    for step in (1, 2):
+        (write(tmp_path, step) / "global_step").mkdir()
+    _overlay({tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"}, monkeypatch)
+    saving.rotate(tmp_path, 1)
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [2]
+    write(tmp_path, 2)
+    assert not (tmp_path / "checkpoint-2" / "global_step").exists()
+    assert saving.newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", [])
+
+
+def test_a_kill_while_one_is_removed_leaves_a_torn_folder_of_ours(tmp_path: Path, monkeypatch) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    _overlay({tmp_path / "checkpoint-1"}, monkeypatch)
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saving.rotate(tmp_path, 1)
+    monkeypatch.undo()
+    assert not saving.is_complete(tmp_path / "checkpoint-1")
+    saving.check_nothing_foreign(tmp_path)
+    saving.rotate(tmp_path, 1)
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [2]
 
 
 def test_a_killed_removal_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_f41_an_adapter_of_another_model(tmp_path, tiny_baichuan):
         (["--max_queue", "-1"], "--max_queue"),
         (["--drain_seconds", "-1"], "--drain_seconds"),
         (["--request_seconds", "nan"], "--request_seconds"),
-        (["--engine", "vllm", "--upstream_url", "", "--host", "::"], "API_KEY"),
+        (["--engine", "vllm", "--host", "::"], "API_KEY"),
         (["--engine", "vllm"], "pip install vllm"),
         (["--host", "203.0.113.7", "--port", "0"], "203.0.113.7"),
     ],

@@ -18,6 +18,7 @@ from tests.small_trainer import (
     make_model,
     make_samples,
     make_trainer,
+    updates_of,
 )
 
 
@@ -277,3 +278,23 @@ def test_another_length_than_the_one_begun_is_told(tmp_path: Path, capfd: pytest
     told = capfd.readouterr().err
     assert told.count("note: it was written when") == 1
     assert "written when 6 updates were planned, now 9 are" in told
+
+
+def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(tmp_path: Path) -> None:
+    """Linear after two updates of warm-up: the shorter run had come down to 0, the longer one is at 3/4."""
+    make_trainer(tmp_path, save_strategy="steps", save_steps=4, max_steps=4).run()
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=4, max_steps=10)
+    trainer.run()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates[4:] == pytest.approx([1e-2 * left / 8 for left in (6, 5, 4, 3, 2, 1)])
+
+
+def test_the_last_updates_are_logged_whatever_the_interval(tmp_path: Path) -> None:
+    every, last = (make_trainer(tmp_path, logging_steps=steps, max_steps=6) for steps in (1, 4))
+    for trainer in (every, last):
+        trainer.run()
+    logged = {entry["step"]: entry["loss"] for entry in last.state.log_history if "loss" in entry}
+    tokens = [sum(every.train_dataset.supervised[row] for row in rows) for rows in updates_of(every)]
+    sums = [loss * count for loss, count in zip(losses(every), tokens, strict=True)]
+    expected = {4: sum(sums[:4]) / sum(tokens[:4]), 6: sum(sums[4:]) / sum(tokens[4:])}
+    assert logged == pytest.approx(expected, abs=1e-5)
