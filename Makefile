@@ -3,9 +3,9 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-# A mistyped name on the command line is refused: make itself takes any, and would start without it.
+# A name on the command line that is mistyped, or that no target of the call reads, is refused: make itself takes any.
 given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-mistyped := $(if $(given),$(shell python3 scripts/settings.py names $(given)))
+mistyped := $(if $(given),$(shell python3 scripts/settings.py names $(given) --goals $(or $(MAKECMDGOALS),help)))
 $(if $(mistyped),$(error $(mistyped)))
 
 # Settings: .env and the defaults of .env.example, checked. The command line and the environment win over both.

@@ -87,7 +87,13 @@ def is_finished(wish: Wish) -> bool:
             )
     if record is None:
         return False
-    if {key: record.get(key) for key in wish.record} != wish.record:
+    there = {key: record.get(key) for key in wish.record}
+    if there | {"source": wish.source} == wish.record != there:
+        raise UserError(
+            f"{wish.model_dir} holds this model from {record['source']}, wanted {wish.source}. If it is as good, "
+            f"nothing is left to do (SOURCE={record['source']} in .env keeps it so); otherwise remove this folder."
+        )
+    if there != wish.record:
         raise UserError(
             f"{wish.model_dir} holds {record['model_id']} {record['revision']} from {record['source']}, wanted "
             f"{wish.model_id} {wish.revision} from {wish.source}. Name another folder, or remove this one."

@@ -1,9 +1,12 @@
 """Errors written for the person at the keyboard, and the one place that prints them."""
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+from finetune.signals import silence_lost_output
 
 FULL_DISK = "a disk is full (df -h shows which). Free some and run the same command again: what is complete stays."
 NO_PLACE = (errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
@@ -16,10 +19,12 @@ class UserError(ValueError):
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's main and leave: UserError -> `error: ...` and 2, Ctrl-C -> 130; bugs keep their traceback.
 
-    A disk that is full, wherever it is found so, is no bug either, nor is a place that cannot be written.
+    A disk that is full, wherever it is found so, is no bug either, nor is a place that cannot be written, nor a reader
+    of the output who has seen enough (`| head`, q in less): 141, as after SIGPIPE.
     """
     try:
         status = main() or 0
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
@@ -27,6 +32,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         status = 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and silence_lost_output():
+            sys.exit(128 + signal.SIGPIPE)
         if is_full_disk(error):
             print(f"error: {FULL_DISK}", file=sys.stderr)
         elif isinstance(error, OSError) and error.errno in NO_PLACE and error.filename:

@@ -41,6 +41,7 @@ from finetune.plan_options import (
     usable_bytes,
     warmup_note,
 )
+from finetune.saving import free_bytes
 
 # Tokens of a Chinese or mixed text for each character, both vocabularies, and of the template around a turn.
 TOKENS_PER_CHARACTER, TOKENS_PER_TURN = 0.75, 12
@@ -190,13 +191,19 @@ def disk_lines(shape: Shape, way: str, arguments: Arguments) -> str:
     else:
         one, final, _ = full_saved_bytes(shape.parameters, way)
     if train.save_strategy == "no":
-        return f"disk: {final / 1e9:.1f} GB free for final/; save_strategy is no"
+        return f"disk: needs {final / 1e9:.1f} GB for final/; save_strategy is no{free_text(train.output_dir)}"
     limit, has_best = train.save_total_limit, bool(data.eval_file or data.eval_split_percentage)
     needed = one * (limit + 1 + has_best) + final
     return (
-        f"disk: {needed / 1e9:.1f} GB free for {limit} checkpoint{'s' if limit > 1 else ''} of {one / 1e9:.1f} GB, "
+        f"disk: needs {needed / 1e9:.1f} GB for {limit} checkpoint{'s' if limit > 1 else ''} of {one / 1e9:.1f} GB, "
         f"{'the best one, ' if has_best else ''}one more while it is written, and final/ of {final / 1e9:.1f} GB"
+        f"{free_text(train.output_dir)}"
     )
+
+
+def free_text(output_dir: str | None) -> str:
+    """What is free now where the training will write."""
+    return f"; {free_bytes(output_dir) / 1e9:.1f} GB are free in {output_dir}" if output_dir else ""
 
 
 def advice(method: str, gpu: Gpu, gpus: int, shape: Shape, arguments: Arguments, work: Workload) -> str:

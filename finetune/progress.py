@@ -3,6 +3,7 @@
 10/1547  loss 1.2345  lr 5.00e-05  grad 0.312  7,646 tokens/s  42.4 % of peak  35.4 GiB  eta 2:10:11  cost 0.31
 """
 
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -119,10 +120,14 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
             return
         line = progress_line(logs, state.global_step, state.max_steps, self.seconds_left(state))
-        if self.bar is not None:
-            self.bar.write(line, file=self.stream)
-        else:
-            print(line, file=self.stream, flush=True)
+        try:
+            if self.bar is not None:
+                self.bar.write(line, file=self.stream)
+            else:
+                print(line, file=self.stream, flush=True)
+        except BrokenPipeError:
+            # Whoever read is gone (`| head`, q in less): as after a hang-up, the next update is saved and the last.
+            self.trainer.stop.note(signal.SIGHUP)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""

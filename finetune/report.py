@@ -1,7 +1,6 @@
 """What remains of a run: loss.png and train_report.json in its output folder, rewritten whenever it ends."""
 
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.pictures import find_cjk_font, picture
+from finetune.text_files import write_aside
 
 if TYPE_CHECKING:
     from finetune.progress import Meter
@@ -38,11 +38,8 @@ def git_commit(folder: str | Path = ".") -> str | None:
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write beside the target and rename, so that a reader never sees half a file."""
-    path = Path(path)
-    written = path.with_name(f".{path.name}.{os.getpid()}")
-    written.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(written, path)
+    """Readable JSON, whole or not at all."""
+    write_aside(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def run_numbers(progress: Any, meter: "Meter", step: int, last_step: int) -> dict[str, Any]:

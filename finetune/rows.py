@@ -18,6 +18,10 @@ from finetune.errors import UserError
 from finetune.lines import numbered_lines
 
 MAX_PROBLEMS_SHOWN = 10
+SHAPE = (
+    '{"conversation": [{"human": "...", "assistant": "..."}]} with an optional "system", '
+    'or {"messages": [{"role": "user", "content": "..."}, ...]}'
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ def read_rows(path: str | Path) -> list[Row]:
     if problems:
         more = f"\n... and {len(problems) - MAX_PROBLEMS_SHOWN} more" if len(problems) > MAX_PROBLEMS_SHOWN else ""
         shown = "\n".join(problems[:MAX_PROBLEMS_SHOWN])
-        raise UserError(f"{len(problems)} of {len(problems) + len(rows)} lines are not training rows:\n{shown}{more}")
+        counted = f"{len(problems)} of {len(problems) + len(rows)} lines are not training rows"
+        raise UserError(f"{counted}:\n{shown}{more}\nA row is {SHAPE}.")
     if not rows:
         raise UserError(f"{path}: expected at least one training row, found none.")
     return rows

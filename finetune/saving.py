@@ -241,9 +241,14 @@ def _hidden(output_dir: str | Path) -> str:
     return text
 
 
+def free_bytes(output_dir: str | Path) -> int:
+    """Bytes that are free where output_dir lies, or will lie."""
+    return shutil.disk_usage(_existing_parent(Path(output_dir).absolute())).free
+
+
 def check_disk(output_dir: str | Path, needed: int) -> None:
     """Raises UserError when less than `needed` bytes are free where output_dir lies (or will lie)."""
-    free = shutil.disk_usage(_existing_parent(Path(output_dir).absolute())).free
+    free = free_bytes(output_dir)
     if free < needed:
         raise UserError(
             f"{output_dir}: this run's checkpoints need {_size(needed)}, {_size(free)} are free.{_hidden(output_dir)} "

@@ -59,12 +59,13 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def silence_lost_output(descriptors: tuple[int, ...] = (1, 2)) -> None:
-    """Turn output that nobody can receive any more to /dev/null.
+def silence_lost_output(descriptors: tuple[int, ...] = (1, 2)) -> bool:
+    """Turn output that nobody can receive any more to /dev/null; returns whether there was any.
 
     After a hang-up each line written to the terminal, or to a pipe whose reader is gone, raises OSError: the lines of
     the last update would end the program before its checkpoint is saved.
     """
+    was_lost = False
     for descriptor in descriptors:
         poll = select.poll()
         poll.register(descriptor, 0)  # errors are reported whatever is asked for
@@ -72,3 +73,5 @@ def silence_lost_output(descriptors: tuple[int, ...] = (1, 2)) -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
+            was_lost = True
+    return was_lost

@@ -11,6 +11,7 @@ import argparse
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +115,8 @@ def check_cards() -> list[Finding]:
     found += check_visible_cards(cards) + check_baichuan_cards(cards)
     found.append(("ok", "driver", f"{cards[0].driver}, CUDA {cuda_version()}"))
     if int(cards[0].driver.split(".")[0]) < OLDEST_DRIVER and not os.environ.get("TORCH_INDEX_URL"):
-        text = f"{cards[0].driver} is older than {OLDEST_DRIVER}: set TORCH_INDEX_URL to PyTorch's cu126 wheel index"
-        found.append(("FAIL", "driver", text))
+        text = f"{cards[0].driver} is older than {OLDEST_DRIVER}: set TORCH_INDEX_URL to PyTorch's wheel index for"
+        found.append(("FAIL", "driver", f"{text} CUDA 12.6 (its address ends in /whl/cu126)"))
     if is_for_processor():
         text = "TORCH_INDEX_URL names wheels for the processor, which do not see the card: empty it, then make the"
         found.append(("FAIL", "torch", f"{text} environments again"))
@@ -295,7 +296,23 @@ def _check_environment(name: str, cards: list[Card]) -> Finding:
         return "warn", name, f"not there yet: make {target_of(name)}"
     if not is_current(folder, files_of(name, cards)):
         return "warn", name, f"{folder} has other packages than wanted here now: make {target_of(name)}"
+    if cards and name != "modelscope_env" and (torch := _blind_torch(folder)):
+        text = f"torch {torch} in {folder} does not see the card: is it for this driver? Where torch comes from says"
+        return "FAIL", name, f"{text} TORCH_INDEX_URL; once that is right: make {target_of(name)}"
     return "ok", name, str(folder)
+
+
+def _blind_torch(folder: Path) -> str:
+    """The version of an environment's torch if it sees no card; empty if it does, or cannot be asked."""
+    program = "import torch; print(torch.cuda.is_available(), torch.__version__)"
+    variables = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    command = [str(folder / "bin" / "python"), "-c", program]
+    try:
+        done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=120)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    seen, _, version = done.stdout.decode().strip().partition(" ")
+    return version if seen == "False" else ""
 
 
 def check_net() -> list[Finding]:

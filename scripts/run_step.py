@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,18 @@ def _detach(state: StepState, lock: int, command: list[str], variables: dict[str
     return supervisor.returncode
 
 
+def _obey(arguments: argparse.Namespace) -> int:
+    if arguments.action == "run":
+        return run(arguments.name, arguments.env, arguments.command)
+    if arguments.action == "supervise":
+        return supervise(StepState(arguments.name), arguments.command)
+    if arguments.action == "status":
+        return show_status(arguments.name)
+    if arguments.action == "logs":
+        return follow_log(arguments.name, follow=sys.stdout.isatty() and not arguments.print)
+    return stop(arguments.name, arguments.timeout, dry_run=_is_on("DRY_RUN"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True, metavar="run|status|logs|stop")
@@ -144,18 +157,15 @@ def main() -> int:
     stopping.add_argument("--timeout", type=float, help="seconds after which it is killed (default: wait on)")
     arguments = parser.parse_args()
     try:
-        if arguments.action == "run":
-            return run(arguments.name, arguments.env, arguments.command)
-        if arguments.action == "supervise":
-            return supervise(StepState(arguments.name), arguments.command)
-        if arguments.action == "status":
-            return show_status(arguments.name)
-        if arguments.action == "logs":
-            return follow_log(arguments.name, follow=sys.stdout.isatty() and not arguments.print)
-        return stop(arguments.name, arguments.timeout, dry_run=_is_on("DRY_RUN"))
+        status = _obey(arguments)
+        sys.stdout.flush()
+        return status
     except StepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough; what is still in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"error: {advice_on(error)}", file=sys.stderr)
         return 2

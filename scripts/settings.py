@@ -26,6 +26,14 @@ LINE = re.compile(f"({KEY})=([{ALLOWED}]*)")
 SECRET = re.compile(r"(TOKEN|KEY)$")
 # What make's command line takes besides the settings.
 MAKE_WORDS = "ARGS BG DRY_RUN FILE FOLLOW GPU GPUS LIMIT NET QUESTION STEP TIMEOUT".split()
+WORDS_OF_ALL = ("ARGS", "BG", "DRY_RUN")  # every target takes these
+CARDS = ("CUDA_VISIBLE_DEVICES", "BAICHUAN_GPUS")
+# Values that would be taken for something else, or end in another program's traceback hours later.
+VALUES = {
+    "BAICHUAN_GPUS": (r"\d+(,\d+)*", "numbers of cards separated by commas, such as 0,1"),
+    "CUDA_VISIBLE_DEVICES": (r"-1|[\w/.-]+(,[\w/.-]+)*", "cards separated by commas, such as 0,1"),
+    "TORCH_INDEX_URL": (r"(https?|file)://.+", "an address, such as that of PyTorch's wheels ending in /whl/cu126"),
+}
 TRAIN_CONFIGS = ("qwen_qlora/config/qwen-14b-qlora.json", "llm_code/training_config/baichuan2_config.json")
 
 
@@ -67,9 +75,23 @@ def resolve() -> dict[str, str]:
     return {**defaults(), **read_env(), **{key: os.environ[key] for key in read_example() if key in os.environ}}
 
 
+def check_values(values: dict[str, str]) -> None:
+    """Raise SettingsError for a value that its key cannot have, wherever it came from."""
+    for key, (pattern, expected) in VALUES.items():
+        value = values.get(key)
+        if value and not re.fullmatch(pattern, value, re.ASCII):
+            raise SettingsError(f"{key} must be {expected}, got: {value}")
+    for key in CARDS:
+        cards = values.get(key, "").split(",")
+        if len(set(cards)) < len(cards):
+            raise SettingsError(f"{key} names a card twice: {values[key]}")
+
+
 def load() -> None:
     """Put the settings into the environment, where what is there already wins; for programs started by hand."""
-    for key, value in resolve().items():
+    values = resolve()
+    check_values(values)
+    for key, value in values.items():
         if value:
             os.environ.setdefault(key, value)
 
@@ -125,26 +147,48 @@ def _keys_with_a_meaning_of_empty() -> set[str]:
 def make_lines() -> str:
     """What the Makefile includes; an empty value is left out, so that no program sees an empty HF_ENDPOINT."""
     values = {**defaults(), **read_env()}
+    check_values(values)
     lines = [f"export {key} ?= {value}" for key, value in values.items() if value]
     return "\n".join([f"SETTINGS := {' '.join(read_example())}", *lines]) + "\n"
 
 
 def shell_lines() -> str:
     """What a launch script evaluates: only what the environment does not say already."""
+    check_values(resolve())
     values = {**defaults(), **read_env()}
     lines = [f"export {key}={shlex.quote(value)}\n" for key, value in values.items() if value and key not in os.environ]
     return "".join(lines)
 
 
-def mistyped(names: list[str]) -> str:
-    """What to write in place of the first name that looks like a known one but is none; empty where none does.
+def mistyped(names: list[str], goals: list[str]) -> str:
+    """What is wrong with the first name that looks like a known one but is none, or that no goal reads; else empty.
 
     Make takes any name, so `LIMT=500` would ask all questions. Names that look like nothing here (HTTPS_PROXY) pass.
     """
     for name in names:
         if meant := _meant(name):
             return f"{name} on the command line is no setting: perhaps {' or '.join(meant)} is meant\n"
+        readers = _readers(name) if name in MAKE_WORDS and name not in WORDS_OF_ALL else goals
+        if not set(readers) & set(goals):
+            unread = f"make {goals[0]} does not read it{_instead(name, goals[0])}"
+            return f"{name} is for make {', '.join(readers)}; {unread}\n"
     return ""
+
+
+def _readers(word: str) -> list[str]:
+    """The targets whose recipes read a word of make's command line."""
+    blocks = (ROOT / "Makefile").read_text(encoding="utf-8").split("\n.PHONY: ")[1:]
+    return [block.split()[0] for block in blocks if f"$({word})" in block]
+
+
+def _instead(word: str, goal: str) -> str:
+    """Which setting says the same to a goal, if one does."""
+    step, project = goal.upper().replace("-", "_"), goal.split("-")[0].upper()
+    names = [f"{step}_{word}", f"{project}_{word}", f"{project}_{word}S"]
+    if word in ("GPU", "GPUS") and goal == "qwen-train":
+        names = ["CUDA_VISIBLE_DEVICES"]
+    found = next((name for name in names if name in read_example()), None)
+    return f": perhaps {found} is meant" if found else ""
 
 
 def _meant(name: str) -> list[str]:
@@ -191,12 +235,13 @@ def main() -> int:
     parser.add_argument(
         "words", nargs="*", help="for config: KEY=ORIGIN, where make has the key from; for names: names"
     )
+    parser.add_argument("--goals", nargs="+", default=["help"], help="for names: make's targets")
     arguments = parser.parse_args()
     try:
         if arguments.form == "config":
             text = config_lines(dict(origin.split("=", 1) for origin in arguments.words))
         elif arguments.form == "names":
-            text = mistyped(arguments.words)
+            text = mistyped(arguments.words, arguments.goals)
         else:
             text = make_lines() if arguments.form == "make" else shell_lines()
     except SettingsError as error:

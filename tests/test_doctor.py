@@ -208,3 +208,19 @@ def test_wheels_for_the_processor_are_told_where_there_is_a_card(monkeypatch):
     monkeypatch.setenv("TORCH_INDEX_URL", "http://127.0.0.1:9/whl/cpu")
     level, text = level_and_text(doctor.check_cards(), "torch")
     assert level == "FAIL" and "empty it" in text
+
+
+def test_an_environment_whose_torch_does_not_see_the_card_fails(tmp_path, monkeypatch):
+    cards = [Card(0, "NVIDIA A40", 46068, "550.54")]
+    folder = tmp_path / "qwen_env"
+    (folder / "bin").mkdir(parents=True)
+    (folder / doctor.MARKER).touch()
+    monkeypatch.setenv("ENVS_DIR", str(tmp_path))
+    monkeypatch.setattr(doctor, "is_current", lambda *_: True)
+    python = folder / "bin" / "python"
+    for answer, level in (("False 2.13.0+cu130", "FAIL"), ("True 2.13.0+cu126", "ok"), ("", "ok")):
+        python.write_text(f"#!/bin/sh\necho {answer}\n")
+        python.chmod(0o755)
+        found, _, text = doctor._check_environment("qwen_env", cards)
+        assert found == level and ("torch 2.13.0+cu130" in text) == (level == "FAIL")
+        assert doctor._check_environment("qwen_env", [])[0] == "ok"

@@ -299,6 +299,12 @@ def test_index_that_names_a_file_the_hub_has_not(tmp_path, hub):
         download_model(wish(tmp_path))
 
 
+def test_the_same_model_from_another_hub_is_not_to_be_removed(tmp_path, hub):
+    download_model(wish(tmp_path))
+    with pytest.raises(UserError, match="from modelscope, wanted huggingface. If it is as good, nothing is left to do"):
+        download_model(wish(tmp_path, source="huggingface"))
+
+
 def test_folders_of_other_models_are_left_alone(tmp_path, hub):
     download_model(wish(tmp_path))
     hub.add(MODEL_ID, "v1.0.9", hub.models[MODEL_ID]["v1.0.8"])

@@ -72,6 +72,32 @@ def test_a_full_disk_is_told_in_a_line(way, tmp_path):
     assert (done.returncode, done.stderr) == (2, f"error: {FULL_DISK}\n") and "df -h" in FULL_DISK
 
 
+PRINTER = """
+from finetune.errors import run_main
+
+def main():
+    for number in range({lines}):
+        print(number)
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("lines", [100, 100_000])  # fewer than the buffer holds, and more
+def test_a_reader_that_has_seen_enough_ends_the_program_quietly(lines):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", PRINTER.format(lines=lines)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_connection_that_broke_keeps_its_traceback():
+    with pytest.raises(BrokenPipeError):
+        run_main(raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+
+
 def test_other_trouble_with_a_file_keeps_its_traceback(tmp_path):
     with pytest.raises(FileNotFoundError):
         run_main(lambda: (tmp_path / "missing").read_text())

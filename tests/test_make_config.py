@@ -167,6 +167,34 @@ def test_a_mistyped_name_on_the_command_line_starts_nothing(make, word, meant):
     assert done.returncode == 2 and expected in done.stderr and not done.stdout
 
 
+@pytest.mark.parametrize(
+    "target, word, meant",
+    [
+        ("baichuan-train", "GPUS=4", "BAICHUAN_GPUS"),
+        ("qwen-train", "GPU=A100-80G", "CUDA_VISIBLE_DEVICES"),
+        ("qwen-eval", "LIMIT=5", "QWEN_EVAL_LIMIT"),
+        ("qwen-train", "LIMIT=5", None),
+        ("baichuan-web", "FILE=questions.txt", None),
+    ],
+)
+def test_a_word_that_the_target_does_not_read_starts_nothing(make, target, word, meant):
+    done = make(target, word, environment=PLACES)
+    name = word.partition("=")[0]
+    expected = f"make {target} does not read it" + (f": perhaps {meant} is meant" if meant else "")
+    assert done.returncode == 2 and f"{name} is for make " in done.stderr and not done.stdout
+    assert f"{expected}.  Stop." in done.stderr
+
+
+def test_words_pass_where_they_are_read(make):
+    for target, *words in (
+        ("qwen-plan", "GPU=A40", "GPUS=1"),
+        ("qwen-eval-mmcu", "LIMIT=5", "MMCU_DATA_DIR=/d"),
+        ("baichuan-client", "QUESTION=a"),
+        ("qwen-data", "BG=0"),
+    ):
+        assert make(target, *words, "DRY_RUN=1", environment=PLACES).returncode == 0
+
+
 def test_a_configuration_edited_wrongly_hinders_no_step(checkout, make):
     """Its own training says what is wrong with it."""
     (checkout / "llm_code" / "training_config" / "baichuan2_config.json").write_text('{"a": 1,}')

@@ -61,6 +61,15 @@ def test_the_plan_follows_what_the_experiment_fixes(capsys: pytest.CaptureFixtur
     assert "the best one" in printed(capsys, "--eval_split_percentage", "5")
 
 
+def test_the_disk_is_told_as_needed_and_as_free(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """7.0 GB: two checkpoints of 249 M numbers of 12 bytes, and final/ of 4."""
+    monkeypatch.setattr(plan, "free_bytes", lambda folder: 3_210_000_000)
+    assert "disk: needs 7.0 GB for 1 checkpoint of 3.0 GB, one more" in printed(capsys)
+    assert "GB; 3.2 GB are free in /data/out\n" in printed(capsys, "--output_dir", "/data/out")
+    alone = printed(capsys, "--output_dir", "/data/out", "--save_strategy", "no")
+    assert "disk: needs 1.0 GB for final/; save_strategy is no; 3.2 GB are free in /data/out\n" in alone
+
+
 def test_advice_counts_the_rank_that_is_asked_for(capsys: pytest.CaptureFixture) -> None:
     text = printed(capsys, "--gpu", "4090", "--lora_rank", "1024")
     assert "nothing fits on 1 x RTX-4090" in text and "RTX-4090" not in text.split("Cards on which it fits:")[1]

@@ -71,6 +71,7 @@ def test_ten_problems_are_shown_and_the_rest_counted(tmp_path):
     with pytest.raises(UserError) as error:
         read_rows(write(tmp_path / "a.jsonl", *["{}"] * 13))
     text = str(error.value)
+    assert text.endswith('or {"messages": [{"role": "user", "content": "..."}, ...]}.')
     assert "13 of 13 lines" in text and "a.jsonl:10:" in text and "a.jsonl:11:" not in text and "3 more" in text
 
 
@@ -83,6 +84,16 @@ def test_missing_empty_and_wrongly_encoded_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="rows in UTF-8, found byte 0xc4") as refused:
         read_rows(tmp_path / "gbk.jsonl")
     assert obey(str(refused.value), "from GBK: ").read_text(encoding="utf-8") == '{"conversation": "你好"}'
+    (tmp_path / "windows.jsonl").write_bytes('{"conversation": "你好"}'.encode("utf-16"))
+    with pytest.raises(UserError, match="rows in UTF-8, found byte 0xff") as refused:
+        read_rows(tmp_path / "windows.jsonl")
+    assert obey(str(refused.value), "from UTF-16: ").read_text(encoding="utf-8") == '{"conversation": "你好"}'
+
+
+def test_a_row_over_several_lines_is_told_once(tmp_path):
+    row = json.dumps({"conversation": [{"human": "a", "assistant": "b"}]}, indent=2)
+    with pytest.raises(UserError, match=":1: expected a JSON object a line, found the beginning of one that goes over"):
+        read_rows(write(tmp_path / "a.jsonl", row))
 
 
 def obey(text: str, marker: str) -> Path:

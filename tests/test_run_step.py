@@ -88,6 +88,15 @@ def test_in_front_the_status_is_passed_on_and_a_training_step_gets_advice(checko
     assert missing.returncode == 2 and "lint: cannot run no-such-program" in missing.stderr
 
 
+def test_a_reader_who_has_seen_enough_is_no_error(checkout):
+    run_step(checkout, "run", "lint", "--", "true", BG="1")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*RUN, "status"], cwd=checkout, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_the_advice_repeats_what_was_typed(checkout):
     flags = " --no-print-directory -- BG= OUT=/data\\ disk/中 ARGS=--warmup_steps\\ 1\\ --seed\\ 7"
     failed = run_step(checkout, "run", "qwen-train", "--", "bash", "-c", "exit 7", MAKEFLAGS=flags)

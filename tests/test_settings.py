@@ -1,6 +1,7 @@
 """The grammar of .env, and the promise that make, bash and python-dotenv read it alike."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,31 @@ def test_make_bash_and_dotenv_agree_on_the_example_and_on_every_allowed_characte
     for key, value in ours.items():
         assert in_make(file, key) == value
         assert in_bash(file, key) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("BAICHUAN_GPUS", "0,1,", "BAICHUAN_GPUS must be numbers of cards separated by commas, such as 0,1, got: 0,1,"),
+        ("BAICHUAN_GPUS", "0 1", "separated by commas"),
+        ("BAICHUAN_GPUS", "0，1", "separated by commas"),
+        ("BAICHUAN_GPUS", "0-3", "separated by commas"),
+        ("BAICHUAN_GPUS", "0,0", "BAICHUAN_GPUS names a card twice: 0,0"),
+        ("CUDA_VISIBLE_DEVICES", "0 1", "separated by commas"),
+        ("CUDA_VISIBLE_DEVICES", "0,,1", "separated by commas"),
+        ("TORCH_INDEX_URL", "cu126", "TORCH_INDEX_URL must be an address"),
+    ],
+)
+def test_a_value_that_its_key_cannot_have_is_refused_wherever_it_is_from(monkeypatch, key, value, message):
+    monkeypatch.setenv(key, value)
+    for read in (settings.load, settings.shell_lines):
+        with pytest.raises(settings.SettingsError, match=re.escape(message)):
+            read()
+
+
+@pytest.mark.parametrize("cards", ["0", "0,1", "-1", "GPU-8f2c1a3e,GPU-77b0", "MIG-GPU-8f2c/1/0", ""])
+def test_cards_are_named_as_cuda_takes_them(cards):
+    settings.check_values({"CUDA_VISIBLE_DEVICES": cards, "BAICHUAN_GPUS": "0,1", "TORCH_INDEX_URL": "file:///wheels"})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from transformers import Qwen2ForCausalLM, TrainerCallback
 from finetune import saving
 from finetune.conversation import Sample
 from finetune.errors import UserError
+from finetune.progress import Meter, ProgressCallback
 from finetune.signals import silence_lost_output
 from finetune.trainer import UpdateTrainer
 from tests.small_trainer import (
@@ -186,6 +187,18 @@ def test_a_hang_up_is_obeyed_as_sigterm(tmp_path: Path, capfd: pytest.CaptureFix
         signal.signal(signal.SIGHUP, before)
     assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [2]
     assert "SIGHUP: the update in hand is finished and saved" in capfd.readouterr().err
+
+
+def test_a_reader_of_the_log_who_leaves_is_obeyed_as_a_hang_up(tmp_path: Path, monkeypatch) -> None:
+    """`make qwen-train 2>&1 | head`, or q in less: the update in hand is saved."""
+    reader, writer = os.pipe()
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=5)
+    with open(writer, "w") as stream:
+        trainer.add_callback(ProgressCallback(trainer, Meter(1.0), stream))
+        os.close(reader)
+        assert trainer.run() == signal.SIGTERM
+        silence_lost_output((writer,))
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [2]
 
 
 def test_an_ignored_hang_up_stays_ignored(tmp_path: Path) -> None:

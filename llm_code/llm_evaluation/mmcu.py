@@ -18,6 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from finetune.arguments import natural
 from finetune.errors import UserError, run_main
 from finetune.paired_scores import check_comparable
 from finetune.partial_results import PartialResults, canonical_json, config_hash
@@ -64,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ntrain", type=int, default=0, help="worked examples before a question (default: 0)")
     parser.add_argument("--save_dir", required=True, type=Path, help="folder of the results")
     parser.add_argument(
-        "--limit", type=int, default=0, help="questions, from all subjects in proportion (default: all)"
+        "--limit", type=natural, default=0, help="questions, from all subjects in proportion (default: all)"
     )
     parser.add_argument("--compare_with", metavar="DIR", help="save_dir of another model: paired differences to it")
     add_model_flags(parser, WAYS, max_new_tokens=16)
