@@ -12,6 +12,7 @@ import torch
 from scripts.nvidia import find_cards
 from scripts.settings import read_example
 from tests.tiny.session import tiny_baichuan, tiny_baichuan_original, tiny_qwen, tiny_qwen_original  # noqa: F401
+from tests.web_fixtures import browser, pictures, served, service, visitor  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTPUT = {"capture_output": True, "text": True}
