@@ -84,13 +84,15 @@ def table(results: Sequence[Result]) -> str:
     last = results[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     commits = ", ".join(sorted({line["git_commit"] or "unknown" for line in results}))
+    days = sorted({line["date"][:10] for line in results})
+    days = days[:1] + days[1:][-1:]
     # One rate for all: it is measured in moments, between which the card grows warm, and so differs by a tenth.
     rates = [line["product_rate_tflops"] for line in results]
     rate = median(rates)
     spread = f" (median, {min(rates):.4g} to {max(rates):.4g})" if len(set(rates)) > 1 else ""
     blocks = [
         f"{last['device']}: a large product runs at {rate:.4g} TFLOP/s{spread}. {versions}. "
-        f"Commit {commits}, {last['date'][:10]}."
+        f"Commit {commits}, {' to '.join(days)}."
     ]
     groups = grouped(results)
     training = speed_of(groups.get("QLoRA", {}).get("qlora", []))

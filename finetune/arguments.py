@@ -209,13 +209,6 @@ def bool_(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def natural(text: str) -> int:
-    """A whole number from 0 on, as an argparse type."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {text!r}")
-    return int(text)
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}. See --help.")

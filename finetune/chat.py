@@ -10,6 +10,7 @@ import argparse
 from typing import Any
 
 from finetune.errors import UserError, run_main
+from finetune.flag_types import amount, natural, positive
 from finetune.terminal import Chat, converse
 
 
@@ -39,7 +40,10 @@ def load_chat(args: argparse.Namespace) -> Chat:
     sampling = checkpoint_sampling(model)
     if args.temperature is not None:
         sampling = replace(sampling, temperature=args.temperature)
-    context = args.context or causal_model(model).config.max_position_embeddings
+    positions = causal_model(model).config.max_position_embeddings
+    context = args.context or positions
+    if context > positions:
+        raise UserError(f"--context {context}: the model has {positions} positions.")
     room = context - args.max_new_tokens
     if room <= 0:
         raise UserError(f"--max_new_tokens {args.max_new_tokens} leaves no room in a context of {context} tokens.")
@@ -56,9 +60,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="folder of the base or merged model")
     parser.add_argument("--adapter_name_or_path", help="folder of a LoRA adapter trained on that model")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights (default: 16 bit, 32 on a CPU)")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest reply, in tokens (default 512)")
-    parser.add_argument("--temperature", type=float, help="0: the likeliest token (default: as the checkpoint says)")
-    parser.add_argument("--context", type=int, default=0, help="tokens of prompt and reply (default: the model's)")
+    parser.add_argument("--max_new_tokens", type=positive, default=512, help="longest reply, in tokens (default 512)")
+    parser.add_argument("--temperature", type=amount, help="0: the likeliest token (default: as the checkpoint says)")
+    parser.add_argument("--context", type=natural, default=0, help="tokens of prompt and reply (default: the model's)")
     parser.add_argument("--seed", type=int, help="the same replies again (default: others every time)")
     return parser.parse_args()
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from finetune.arguments import parse_arguments as parse_experiment
 from finetune.errors import UserError, run_main
+from finetune.flag_types import positive
 from finetune.rows import MAX_PROBLEMS_SHOWN, Row, read_rows
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train_file", type=Path, required=True, help="rows to train on, JSON lines")
     parser.add_argument("--test_file", type=Path, help="held-out rows, JSON lines")
     parser.add_argument("--train_args_file", metavar="JSON", help="the experiment, which says how long a row may be")
-    parser.add_argument("--max_seq_length", type=int, help="tokens a row may have, in place of the experiment's")
+    parser.add_argument("--max_seq_length", type=positive, help="tokens a row may have, in place of the experiment's")
     return parser.parse_args()
 
 

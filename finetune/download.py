@@ -121,7 +121,11 @@ def lost_weights(folder: Path, wish: Wish) -> set[str]:
     from finetune.checkpoint import manifest
     from finetune.checkpoint.source import weight_files
 
-    work = manifest.load(wish.model_dir.with_name(wish.model_dir.name + ".partial"))
+    target = wish.model_dir.resolve()  # as the conversion does: the folder may be a link
+    partial = target.with_name(target.name + ".partial")
+    work = manifest.load(partial)
+    if work is not None:
+        manifest.forget_lost_files(work, partial)
     needed = weight_files(folder) if work is None else {unit.source for unit in work.units if not unit.is_done}
     return {name for name in needed if not (folder / name).exists()}
 
@@ -131,7 +135,7 @@ def fetch_model(wish: Wish, original: Path) -> ModuleType | None:
     from finetune.checkpoint.convert import check_target_free
     from finetune.hub_files import needed_files
     from finetune.hubs import HUBS, explained
-    from finetune.transfer import check_place, check_space, fetch_checked, tidy
+    from finetune.transfer import check_no_other_model, check_place, check_space, fetch_checked, tidy
 
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -144,7 +148,9 @@ def fetch_model(wish: Wish, original: Path) -> ModuleType | None:
         files = needed_files(listed)
         folder = wish.model_dir if layout is None else original
         check_place(folder)
-        if layout is not None:
+        if layout is None:
+            check_no_other_model(folder, listed)
+        else:
             check_target_free(wish.model_dir)
             _check_two_folders(wish, original)
         check_space(folder, wish.model_dir, files, layout is not None, wish.keep_original)

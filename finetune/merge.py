@@ -18,6 +18,7 @@ from finetune.checkpoint.disk import check_free
 from finetune.countdown import Countdown
 from finetune.errors import UserError
 from finetune.identity import ADAPTER_CONFIG, adapter_fingerprint, check_adapter, fingerprint
+from finetune.json_files import read_json_object
 from finetune.lora_weights import LoraWeights
 from finetune.merge_check import check_merge
 from finetune.models import check_model_dir
@@ -66,13 +67,24 @@ def _open_partial(partial: Path, plan: dict[str, Any]) -> None:
 
 
 def _write_weights(files: list[Path], lora: LoraWeights, partial: Path) -> None:
-    todo = [file for file in files if not (partial / file.name).exists()]
+    todo = [file for file in files if not _is_written(partial / file.name, file)]
     needed = sum(file.stat().st_size for file in todo)
     check_free(partial, needed, "the merged model", "Free some, or name a --save_path on a larger disk.")
     countdown = Countdown(len(files), done=len(files) - len(todo), unit="files")
     for file in todo:
         write_shard(partial / file.name, read_header(file), _tensor_bytes(file, lora))
         countdown.advance(1)
+
+
+def _is_written(file: Path, base: Path) -> bool:
+    """Whether a merged file is whole: all tensors of the base's, and their last byte."""
+    if not file.exists():
+        return False
+    try:
+        places, wanted = read_header(file), read_header(base)
+    except UserError:  # torn
+        return False
+    return {name: one.shape for name, one in places.items()} == {name: one.shape for name, one in wanted.items()}
 
 
 def write_merged(model_dir: Path, adapter_dir: Path, target: Path) -> None:
@@ -88,12 +100,13 @@ def _is_done(save_path: Path, plan: dict[str, Any]) -> bool:
     """Whether this very merge lies there. Raises UserError when something else does."""
     if not save_path.exists() or (save_path.is_dir() and not any(save_path.iterdir())):
         return False
-    marker = _read_json(save_path / MARKER)
-    if marker is None:
+    if not (save_path / MARKER).exists():
         raise UserError(f"{save_path} exists and is no merged model. Remove it or name another --save_path.")
-    if any(marker[key] != plan[key] for key in plan):
+    marker = read_json_object(save_path / MARKER, "record of a merge", "")
+    if any(marker.get(key) != plan[key] for key in plan):
+        merged = " into ".join(str(marker.get(key)) for key in ("adapter_name_or_path", "model_name_or_path"))
         raise UserError(
-            f"{save_path} holds the merge of {marker['adapter_name_or_path']} into {marker['model_name_or_path']}, "
+            f"{save_path} holds the merge of {merged}, "
             "of other weights than now. Remove it or name another --save_path."
         )
     return True

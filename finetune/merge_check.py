@@ -139,7 +139,8 @@ def require_rounding_only(result: dict[str, float], dtype: str, merged_dir: Path
     if not result["relative_rms_difference"] <= LIMITS[dtype]:
         raise UserError(
             f"the merged model differs from base + adapter by more than {dtype} rounding (relative rms limit "
-            f"{LIMITS[dtype]:g}); it stays in {merged_dir} and is not marked as done."
+            f"{LIMITS[dtype]:g}); it stays in {merged_dir} and is not marked as done. "
+            f"To merge again: rm -r {merged_dir}"
         )
 
 

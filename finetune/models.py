@@ -9,6 +9,7 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.identity import check_adapter
 from finetune.json_files import read_json_object
+from finetune.tensor_files import INDEX, SINGLE, tensor_places
 
 LEGACY_TYPES = ("qwen", "baichuan")
 # Steps that make the folders which .env names; every other model folder is a download's.
@@ -18,6 +19,7 @@ MADE_BY = {
     "LLM_MODULE_MODEL_PATH": "`make baichuan-train` and `make baichuan-finalize`",
     "QWEN_MERGED_DIR": "`make qwen-merge`",
 }
+NO_TOKENIZER = "expected a tokenizer (tokenizer.json, tokenizer.model or vocab.json), found none that can be read."
 DOWNLOADS = "`make qwen-download` (or `make baichuan-download`)"
 
 
@@ -87,7 +89,13 @@ def load_tokenizer(model_name_or_path: str | Path) -> Any:
     folder = check_model_dir(model_name_or_path)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {NO_TOKENIZER} {_run_first(folder)}") from error
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes an empty one where no file is
+        raise UserError(f"{folder}: {NO_TOKENIZER} {_run_first(folder)}")
+    return tokenizer
 
 
 def load_for_inference(
@@ -111,6 +119,8 @@ def load_for_inference(
     from finetune.nf4 import keep_layout, nf4_config
 
     refuse_unseen_card()
+    if (folder / INDEX).exists() or (folder / SINGLE).exists():
+        tensor_places(folder)  # a missing or a torn file is told in a line
     dtype = dtype or default_dtype()
     options = {"quantization_config": nf4_config(getattr(torch, dtype))} if load_in_4bit else {}
     if torch.cuda.is_available():  # a device map that names the CPU makes peft offload the model

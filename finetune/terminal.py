@@ -142,8 +142,8 @@ def print_reply(pieces: Iterator[str]) -> None:
 
 def read_lines(interactive: bool) -> Iterator[str]:
     """Questions until the end of input. At the prompt, Ctrl-C clears the line."""
+    sys.stdin.reconfigure(errors="replace")  # a stray byte, as of a terminal in GBK, spoils its own line only
     if not interactive:
-        sys.stdin.reconfigure(errors="replace")  # a stray byte in a file of questions spoils its own line only
         yield from (line.strip() for line in sys.stdin)
         return
     import readline  # noqa: F401 gives input() line editing and the arrow keys

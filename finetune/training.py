@@ -100,8 +100,9 @@ def _check_inputs(arguments: Arguments) -> None:
 
 def _train(arguments: Arguments, method: Method, identity: dict[str, Any], names: dict[str, str]) -> int:
     import torch
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
+    from finetune.models import load_tokenizer
     from finetune.qlora import checkpoint_layers
 
     prepare.quieten()
@@ -110,7 +111,7 @@ def _train(arguments: Arguments, method: Method, identity: dict[str, Any], names
     args = prepare.training_arguments(arguments, dtype)
     prepare.check_shared_folder(args.output_dir)
     model_dir = Path(arguments.model.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     samples, evaluation = prepare.load_samples(arguments, tokenizer)
     set_seed(args.seed)
     say(f"loading {model_dir}")

@@ -12,7 +12,7 @@ from finetune.checkpoint.job import print_progress as report
 from finetune.checkpoint.layouts import download_record
 from finetune.checkpoint.source import weight_files
 from finetune.errors import UserError
-from finetune.hub_files import wrong_files
+from finetune.hub_files import problem_of, wrong_files
 from finetune.hubs import Hub, RemoteFile
 
 
@@ -20,6 +20,18 @@ def check_place(folder: Path) -> None:
     """Raise UserError if the folder holds something that is not a checkpoint."""
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists() and not is_begun(folder):
         raise UserError(f"{folder} is not empty and holds no checkpoint. Name another folder.")
+
+
+def check_no_other_model(folder: Path, listed: list[RemoteFile]) -> None:
+    """Raise UserError if the folder holds weights that are neither the hub's nor of a download begun here."""
+    if is_begun(folder) or not folder.exists():
+        return
+    on_hub = {file.path: file for file in listed}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin") and (path.name not in on_hub or problem_of(path, on_hub[path.name])):
+            raise UserError(
+                f"{folder} holds another model: {path.name} is not the hub's. Name another folder, or remove this one."
+            )
 
 
 def is_begun(folder: Path) -> bool:

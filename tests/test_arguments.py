@@ -1,6 +1,5 @@
 """Experiments from JSON files and flags: the walkthrough's keys, precedence, and what is refused with which words."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.arguments import natural, parse_arguments, require
+from finetune.arguments import parse_arguments, require
 from finetune.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -127,14 +126,6 @@ def test_a_file_in_gbk_is_refused_with_the_command_that_converts_it(tmp_path: Pa
     path.write_text('{"output_dir": "/root/输出"}', encoding="gbk")
     with pytest.raises(UserError, match="--train_args_file in UTF-8, found byte 0xca.*iconv -f GBK"):
         parse_arguments(["--train_args_file", str(path)])
-
-
-@pytest.mark.parametrize("text", ["-3", "1.5", "all", ""])
-def test_a_number_of_rows_is_none_below_0(text: str) -> None:
-    """A slice by a negative one would take all rows but the last."""
-    assert (natural("0"), natural("500")) == (0, 500)
-    with pytest.raises(argparse.ArgumentTypeError, match="0 or more"):
-        natural(text)
 
 
 def test_a_missing_file_and_a_missing_key(tmp_path: Path) -> None:

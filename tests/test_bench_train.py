@@ -94,6 +94,7 @@ def test_the_table_compares_medians_with_ours():
     assert "Commit abc, def, 2026-01-01." in text
     assert "| padded-4 | 250 | - | 4.00 | 50.0 % | 9.5 | - | - | - | 1.0e-03 | 1.0e-01 | 3 |" in text
     assert "| qlora | 1,000 | 900 to 5,000 | - |" in text
+    assert "2026-01-01 to 2026-01-03." in table([*ours, common | peer | {"date": "2026-01-03"}])
     common |= {"group": "cards", "model": "qwen-14b", "round": 1, "rows_per_update": 64}
     one = common | {"name": "qlora-x1", "gpus": 1, "tokens_per_second": 1000}
     two = common | {"name": "qlora-x2", "gpus": 2, "tokens_per_second": 1900, "tflops": 665}

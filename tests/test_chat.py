@@ -1,5 +1,6 @@
 """The terminal chat: its conversation logic alone, then the real program in a pipe and on a pseudo-terminal."""
 
+import os
 import subprocess
 import sys
 
@@ -134,6 +135,22 @@ def test_one_reply_a_line_through_a_pipe(endless_qwen):
     assert len(replies) == 4 and all(replies)
     assert replies[1] == replies[2], "/reset keeps the system text"
     assert replies[0] != replies[1]
+
+
+def test_a_context_beyond_the_models_is_refused(endless_qwen):
+    done = subprocess.run(command(endless_qwen, "--context", "100000"), input="", capture_output=True, text=True)
+    assert done.returncode == 2 and "error: --context 100000: the model has 2048 positions" in done.stderr
+
+
+def test_a_terminal_in_gbk_spoils_its_line_alone(endless_qwen, monkeypatch):
+    monkeypatch.setenv("LANG", "C.UTF-8")
+    monkeypatch.delenv("LC_ALL", raising=False)
+    terminal = Terminal(command(endless_qwen, "--max_new_tokens", "6"))
+    terminal.wait_for("> ")
+    os.write(terminal.fd, "你好\n".encode("gbk"))
+    terminal.wait_for("> ")
+    terminal.type("/exit\n")
+    assert terminal.status() == 0
 
 
 def test_ctrl_c_stops_the_reply_and_not_the_program(endless_qwen):

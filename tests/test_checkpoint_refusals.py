@@ -173,3 +173,22 @@ def test_foreign_target(qwen):
     with pytest.raises(UserError, match="is not empty and holds no finished conversion"):
         convert_checkpoint(qwen, qwen.parent / "out")
     assert (qwen.parent / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_stops_of_a_fine_tuned_qwen_are_taken(qwen, is_list):
+    """A list, or none: the conversion writes its own."""
+    path = qwen / "generation_config.json"
+    known = json.loads(path.read_text())["eos_token_id"]
+    ids = [known, known + 1] if is_list else None
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": ids, "pad_token_id": None}))
+    target = qwen.parent / "out"
+    convert_checkpoint(qwen, target)
+    assert len(json.loads((target / "generation_config.json").read_text())["eos_token_id"]) == 3
+
+
+def test_a_baichuan_config_without_architectures_is_converted(baichuan):
+    path = baichuan / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": None}))
+    convert_checkpoint(baichuan, baichuan.parent / "out")
+    assert (baichuan.parent / "out" / "conversion.json").exists()

@@ -219,3 +219,16 @@ def test_finished_and_native_are_left_alone(tmp_path, source, tiny_qwen, capsys)
 def test_planning_needs_no_heavy_import():
     code = "import sys, finetune.checkpoint.__main__; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_another_checkpoint_of_the_same_shape(tmp_path, source):
+    """A chat model and its base have one config and files of one size."""
+    from tests.tiny.build_qwen1 import build_qwen1
+
+    base = build_qwen1(tmp_path / "base_original", seed=1)
+    killed_conversion(source, tmp_path / "qwen", "in the middle of the second file", keep_original=True)
+    with pytest.raises(UserError, match="interrupted conversion of another checkpoint"):
+        convert_checkpoint(base, tmp_path / "qwen")
+    convert_checkpoint(source, tmp_path / "qwen")
+    with pytest.raises(UserError, match="holds the conversion of another checkpoint"):
+        convert_checkpoint(base, tmp_path / "qwen")

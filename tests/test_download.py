@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.download import Wish, download_model
+from finetune.download import Wish, download_model, fetch_model
 from finetune.errors import UserError
 from finetune.hub_files import needed_files
 from finetune.hubs import RemoteFile
@@ -354,3 +354,37 @@ def test_programs_answer_help_without_heavy_imports(module):
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers', 'modelscope'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert os.path.exists(Path(*module.split(".")).with_suffix(".py"))
+
+
+def test_a_model_of_ones_own_is_not_overwritten(tmp_path, hub, tiny_qwen):
+    """As with QWEN_MODEL_DIR pointed at a merged model."""
+    hub.add("me/native", "v1", shutil.copytree(tiny_qwen, tmp_path / "native_on_hub"))
+    wanted = wish(tmp_path, revision="v1", model_id="me/native")
+    mine = shutil.copytree(tiny_qwen, wanted.model_dir)
+    (mine / "conversion.json").unlink()
+    shard = mine / SHARD
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    before = shard.read_bytes()
+    with pytest.raises(UserError, match="holds another model: model-00003"):
+        download_model(wanted)
+    assert shard.read_bytes() == before
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_converted_shard_lost_with_its_original(tmp_path, hub, tiny_qwen, is_link):
+    from tests.test_checkpoint_resume import killed_conversion
+
+    wanted = wish(tmp_path, keep_original=False)
+    place = wanted.model_dir
+    if is_link:
+        place = tmp_path / "disk" / "native"
+        place.mkdir(parents=True)
+        wanted.download_dir.mkdir()
+        wanted.model_dir.symlink_to(place)
+    fetch_model(wanted, wanted.download_dir / MODEL_ID)
+    killed_conversion(wanted.download_dir / MODEL_ID, place, "second file recorded, source not removed")
+    hub.requests.clear()
+    if not is_link:
+        (place.with_name("native.partial") / "model-00001-of-00003.safetensors").unlink()
+    assert weights(download_model(wanted)) == weights(tiny_qwen)
+    assert bool(hub.requests) is not is_link

@@ -316,6 +316,24 @@ def test_an_interrupted_merge_goes_on_and_a_finished_one_says_so(tiny_qwen, adap
         merge_adapter(tiny_qwen, adapter, adapter)
 
 
+def test_a_torn_file_of_an_interrupted_merge_is_written_again(tiny_qwen, adapter, tmp_path, monkeypatch):
+    save_path = tmp_path / "merged"
+    begin_merge(tiny_qwen, adapter, save_path, monkeypatch)
+    torn = sorted((tmp_path / "merged.partial").glob("*.safetensors"))[0]
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:-100])
+    merge_adapter(tiny_qwen, adapter, save_path)
+    assert (save_path / torn.name).read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_a_damaged_record_of_a_merge_is_told_in_a_line(tiny_qwen, adapter, tmp_path, content):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "merge.json").write_text(content)
+    with pytest.raises(UserError, match="merge.json:1: not JSON|expected an object|holds the merge of None into None"):
+        merge_adapter(tiny_qwen, adapter, tmp_path / "merged")
+
+
 @pytest.mark.parametrize("is_there", [False, True])
 def test_a_link_to_another_disk_is_followed(tiny_qwen, adapter, tmp_path, is_there):
     place = tmp_path / "data disk" / "merged"

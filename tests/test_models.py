@@ -12,7 +12,7 @@ from finetune.arguments import parse_arguments
 from finetune.errors import UserError
 from finetune.frozen import FEW_ROWS
 from finetune.identity import adapter_fingerprint, check_adapter, fingerprint
-from finetune.models import check_model_dir, default_dtype, load_for_inference, refuse_unseen_card
+from finetune.models import check_model_dir, default_dtype, load_for_inference, load_tokenizer, refuse_unseen_card
 from finetune.prepare import compute_dtype, training_arguments
 from qwen_qlora.component.utils import ModelUtils
 from tests.adapters import make_adapter
@@ -212,3 +212,20 @@ def test_an_adapter_in_16_bits_can_be_switched_off_and_merged(tiny_qwen, tmp_pat
         assert torch.equal(model(input_ids=ids).logits, adapted) and not torch.equal(adapted, base)
         merged = model.merge_and_unload()(input_ids=ids).logits
     assert (merged - adapted).float().std() < 0.1 * (adapted - base).float().std()
+
+
+def test_folder_whose_copy_was_cut(tmp_path, tiny_qwen, tiny_baichuan):
+    for number, model in enumerate((tiny_qwen, tiny_baichuan)):
+        folder = shutil.copytree(model, tmp_path / str(number))
+        weights = sorted(folder.glob("*.safetensors"))[-1]
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-100])
+        with pytest.raises(UserError, match="expected .* bytes, found"):
+            load_for_inference(folder)
+        weights.unlink()
+        with pytest.raises(UserError, match="weight files are missing|expected weights"):
+            load_for_inference(folder)
+        weights.write_bytes(content)
+        (folder / "tokenizer.json").unlink()
+        with pytest.raises(UserError, match="expected a tokenizer"):
+            load_tokenizer(folder)

@@ -31,7 +31,7 @@ def check_config(config: dict[str, Any]) -> None:
     model_type "baichuan" covers two generations and two sizes. Baichuan-1 has 64,000 tokens and a plain head; the 13B
     models have ALiBi and no max_position_embeddings. That the tokenizer is Baichuan2's is checked when it is read.
     """
-    if config.get("vocab_size") == 64000 or "BaiChuanForCausalLM" in config.get("architectures", []):
+    if config.get("vocab_size") == 64000 or "BaiChuanForCausalLM" in (config.get("architectures") or []):
         raise UserError(
             "this is a Baichuan-1 checkpoint (64,000 tokens, plain head), expected Baichuan2-7B. "
             "Set BAICHUAN_MODEL_ID=baichuan-inc/Baichuan2-7B-Chat."

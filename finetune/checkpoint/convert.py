@@ -54,7 +54,7 @@ def is_done(job: Job) -> bool:
     if marker is None:
         check_target_free(job.target)
         return False
-    if marker["source_config"] != job.config:
+    if marker["source_config"] != job.config or manifest.differing_marks(marker.get("source_marks", {}), job.source):
         raise UserError(
             f"{job.target} holds the conversion of another checkpoint ({marker['source']}). "
             "Name another folder, or remove it."
@@ -128,6 +128,7 @@ def marker(job: Job, work: Manifest) -> dict[str, Any]:
         "source": job.source.name,
         "download": download_record(job.source),
         "source_config": job.config,
+        "source_marks": work.source_marks,
         "files": {unit.file: unit.digests for unit in work.units},
         "transformers": transformers.__version__,
     }

@@ -5,6 +5,7 @@ goes on from it, also when verified source files have been removed meanwhile.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from finetune.errors import UserError
 
 MANIFEST = "conversion_manifest.json"
 MAX_SHARD_BYTES = 4_000_000_000
+SAMPLE_BYTES = 65_536
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,13 @@ class Unit:
 
 @dataclass
 class Manifest:
-    """All units of one conversion, and the sizes of the source files by which a restart knows its source."""
+    """All units of one conversion, and the sizes and marks of the source files by which a restart knows its source."""
 
     layout: str
     config: dict[str, Any]
     source_sizes: dict[str, int]
     units: list[Unit]
+    source_marks: dict[str, str] = field(default_factory=dict)
 
 
 def plan(layout: ModuleType, config: dict[str, Any], folder: Path, stored: dict[str, Stored]) -> Manifest:
@@ -74,7 +77,23 @@ def plan(layout: ModuleType, config: dict[str, Any], folder: Path, stored: dict[
     groups = [(file, group) for file in sorted(by_file) for group in cut(by_file[file])]
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     units = [Unit(name, file, group) for name, (file, group) in zip(names, groups, strict=True)]
-    return Manifest(layout.NAME, config, {file: (folder / file).stat().st_size for file in by_file}, units)
+    sizes = {file: (folder / file).stat().st_size for file in by_file}
+    return Manifest(layout.NAME, config, sizes, units, {file: mark_of(folder / file) for file in by_file})
+
+
+def mark_of(path: Path) -> str:
+    """Digest of a file's beginning, middle and end: a chat model and its base have one config and one size."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as stream:
+        for start in (0, (size - SAMPLE_BYTES) // 2, size - SAMPLE_BYTES):
+            stream.seek(max(0, start))
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def differing_marks(marks: dict[str, str], folder: Path) -> list[str]:
+    """Files of the folder that are not those of which the marks are; one that is gone is not among them."""
+    return [file for file, mark in marks.items() if (folder / file).exists() and mark_of(folder / file) != mark]
 
 
 def planned_shapes(work: Manifest) -> dict[str, tuple[int, ...]]:
@@ -153,7 +172,8 @@ def read_output(value: dict[str, Any]) -> Output:
 def check_same_source(manifest: Manifest, config: dict[str, Any], folder: Path, partial: Path) -> None:
     """Raise UserError if the interrupted conversion was of another source, or lost what it still needs."""
     present = {file: (folder / file).stat().st_size for file in manifest.source_sizes if (folder / file).exists()}
-    if manifest.config != config or any(manifest.source_sizes[file] != size for file, size in present.items()):
+    changed = [file for file, size in present.items() if manifest.source_sizes[file] != size]
+    if manifest.config != config or changed or differing_marks(manifest.source_marks, folder):
         raise UserError(
             f"{partial} holds an interrupted conversion of another checkpoint than {folder}. "
             f"Remove it to start again: rm -r {partial}"

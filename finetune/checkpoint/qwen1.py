@@ -140,7 +140,9 @@ def native_config(config: dict[str, Any], dtype: str, token_ids: dict[str, int])
 def generation_config(source: dict[str, Any], token_ids: dict[str, int]) -> dict[str, Any]:
     """The source's own sampling settings; stops are those of its chat(): <|im_end|>, <|endoftext|>, <|im_start|>."""
     for key in ("eos_token_id", "pad_token_id"):
-        if source.get(key, token_ids["<|endoftext|>"]) not in token_ids.values():
+        value = source.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not set(ids).issubset(token_ids.values()):
             raise UserError(
                 f"generation_config.json has {key} {source[key]}, but in qwen.tiktoken the special tokens are "
                 f"{min(token_ids.values())}..{max(token_ids.values())}: one of the two is damaged. Download both again."

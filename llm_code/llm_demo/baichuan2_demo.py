@@ -11,6 +11,7 @@ from collections.abc import Generator
 from dataclasses import replace
 
 from finetune.errors import UserError, run_main
+from finetune.flag_types import amount, positive
 from finetune.terminal import Chat, converse
 from llm_code.module_interface.interface import Engine, EngineError, SamplingParams
 from llm_code.module_interface.load import add_engine_arguments, load_engine, settings_of
@@ -19,8 +20,8 @@ from llm_code.module_interface.load import add_engine_arguments, load_engine, se
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest reply, in tokens (default 512)")
-    parser.add_argument("--temperature", type=float, help="0: the likeliest token (default: as the checkpoint says)")
+    parser.add_argument("--max_new_tokens", type=positive, default=512, help="longest reply, in tokens (default 512)")
+    parser.add_argument("--temperature", type=amount, help="0: the likeliest token (default: as the checkpoint says)")
     parser.add_argument("--seed", type=int, help="the same replies again (default: others every time)")
     add_engine_arguments(parser)
     parser.set_defaults(max_batch=1)  # one person: memory for one conversation

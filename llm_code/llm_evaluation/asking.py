@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.countdown import Countdown
 from finetune.errors import UserError
+from finetune.flag_types import natural, positive
 from finetune.partial_results import PartialResults
 from llm_code.llm_evaluation.answering import Answerer, Decoding, Generation, Likelihood, LocalModel, Prompt
 from llm_code.module_interface.addresses import server_url
@@ -26,12 +27,15 @@ def add_model_flags(parser: argparse.ArgumentParser, ways: Sequence[str], max_ne
     parser.add_argument(
         "--service_url", type=server_url, help="address for --answer service, such as http://127.0.0.1:10820"
     )
-    parser.add_argument("--concurrency", type=int, default=16, help="requests at a time to the service (default: 16)")
+    parser.add_argument("--concurrency", type=positive, default=16, help="requests to the service at a time (16)")
     parser.add_argument(
-        "--max_new_tokens", type=int, default=max_new_tokens, help=f"tokens of an answer (default: {max_new_tokens})"
+        "--max_new_tokens",
+        type=positive,
+        default=max_new_tokens,
+        help=f"tokens of an answer ({max_new_tokens})",
     )
-    parser.add_argument("--batch_size", type=int, default=256, help="rows of one batch at most (default: 256)")
-    parser.add_argument("--token_budget", type=int, default=0, help="tokens of one batch (default 0: by the device)")
+    parser.add_argument("--batch_size", type=positive, default=256, help="rows of one batch at most (default: 256)")
+    parser.add_argument("--token_budget", type=natural, default=0, help="tokens of one batch (0: by the device)")
 
 
 def make_answerer(args: argparse.Namespace, decoding: Decoding, labels: Sequence[str] = ()) -> Answerer:

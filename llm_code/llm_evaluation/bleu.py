@@ -18,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune.arguments import natural
 from finetune.errors import UserError, run_main
+from finetune.flag_types import amount, natural
 from finetune.paired_scores import check_comparable, check_same_rows
 from finetune.partial_results import canonical_json, config_hash, sha256_of
 from finetune.statistics import SIGNIFICANT, paired_bootstrap
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save_file", required=True, help="the scored file to write")
     parser.add_argument("--test_file", help="questions for the model, .jsonl with instruction, input, output")
     parser.add_argument("--limit", type=natural, default=0, help="questions from the top of the file (default 0: all)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--temperature", type=amount, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--top_p", type=float, default=1.0, help="with a temperature: share of probability drawn from")
     parser.add_argument("--seed", type=int, default=0, help="with a temperature: the same seed gives the same bytes")
     parser.add_argument(

@@ -18,8 +18,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from finetune.arguments import natural
 from finetune.errors import UserError, run_main
+from finetune.flag_types import natural
 from finetune.paired_scores import check_comparable
 from finetune.partial_results import PartialResults, canonical_json, config_hash
 from finetune.text_files import read_json_lines, write_aside
@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", required=True, help="folder with test/ and dev/ in it")
-    parser.add_argument("--ntrain", type=int, default=0, help="worked examples before a question (default: 0)")
+    parser.add_argument("--ntrain", type=natural, default=0, help="worked examples before a question (default: 0)")
     parser.add_argument("--save_dir", required=True, type=Path, help="folder of the results")
     parser.add_argument(
         "--limit", type=natural, default=0, help="questions, from all subjects in proportion (default: all)"

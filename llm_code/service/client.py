@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from finetune.errors import UserError, run_main
+from finetune.flag_types import amount, positive
 from finetune.lines import numbered_lines
 from llm_code.module_interface.addresses import server_url
 from llm_code.service.client_conversation import Messages, converse, print_answer
@@ -46,11 +47,11 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--question", type=utf8, help="ask this and print the answer")
     what.add_argument("--file", type=Path, help="ask every line of this file")
     parser.add_argument("--output", type=Path, help="where the answers to --file go (default: stdout)")
-    parser.add_argument("--concurrency", type=int, default=8, help="questions of --file under way at a time (8)")
+    parser.add_argument("--concurrency", type=positive, default=8, help="questions of --file under way at a time (8)")
     parser.add_argument("--system", type=utf8, help="what the model is told before everything else")
-    parser.add_argument("--max_tokens", type=int, help="limit of an answer (default: the service's)")
-    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
-    parser.add_argument("--patience", type=float, default=120.0, help="seconds to retry a busy service (120)")
+    parser.add_argument("--max_tokens", type=positive, help="limit of an answer (default: the service's)")
+    parser.add_argument("--temperature", type=amount, help="0 always takes the likeliest token")
+    parser.add_argument("--patience", type=amount, default=120.0, help="seconds to retry a busy service (120)")
     return parser.parse_args()
 
 

@@ -16,9 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune.arguments import natural
 from finetune.countdown import Countdown
 from finetune.errors import UserError, run_main
+from finetune.flag_types import natural
 from finetune.identity import adapter_fingerprint, check_adapter, fingerprint
 from finetune.models import check_model_dir
 from finetune.paired_scores import check_comparable
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
         help="greedy text, or the likelier of the two answers valid for the prompt (default: generate)",
     )
     parser.add_argument("--limit", type=natural, default=0, help="rows from the top of the file (default 0: all)")
-    parser.add_argument("--token_budget", type=int, default=0, help="tokens of one batch (default 0: by the device)")
+    parser.add_argument("--token_budget", type=natural, default=0, help="tokens of one batch (0: by the device)")
     parser.add_argument("--compare_with", metavar="OTHER.jsonl", help="another result: McNemar's test between the two")
     return parser.parse_args()
 
