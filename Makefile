@@ -40,7 +40,7 @@ qwen_result = $(qwen_result_$(if $(filter command,$(origin QWEN_RESULT_FILE)),ad
 
 # How many cards baichuan-train takes: those of HOSTFILE's machines, or of this one.
 comma := ,
-llm_python = $(or $(wildcard $(ENVS_DIR)/llm_env/bin/python),python3)
+llm_python = p='$(ENVS_DIR)/llm_env/bin/python'; [ -x "$$p" ] || p=python3; "$$p"
 hosts_cards = $(or $(shell $(llm_python) -m finetune.hosts --count '$(HOSTFILE)'),$(error $@ needs the machines of HOSTFILE))
 baichuan_cards = $(if $(HOSTFILE),$(hosts_cards),$(words $(subst $(comma), ,$(BAICHUAN_GPUS))))
 

@@ -88,7 +88,7 @@ def is_finished(wish: Wish) -> bool:
     if record is None:
         return False
     there = {key: record.get(key) for key in wish.record}
-    if there | {"source": wish.source} == wish.record != there:
+    if record["complete"] and there | {"source": wish.source} == wish.record != there:
         raise UserError(
             f"{wish.model_dir} holds this model from {record['source']}, wanted {wish.source}. If it is as good, "
             f"nothing is left to do (SOURCE={record['source']} in .env keeps it so); otherwise remove this folder."

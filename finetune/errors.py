@@ -24,7 +24,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     """
     try:
         status = main() or 0
-        sys.stdout.flush()
+        print(end="", flush=True)  # a descriptor that was closed (>&-) is no stdout to flush
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2

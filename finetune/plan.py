@@ -41,7 +41,7 @@ from finetune.plan_options import (
     usable_bytes,
     warmup_note,
 )
-from finetune.saving import free_bytes
+from finetune.saving import existing_parent, free_bytes
 
 # Tokens of a Chinese or mixed text for each character, both vocabularies, and of the template around a turn.
 TOKENS_PER_CHARACTER, TOKENS_PER_TURN = 0.75, 12
@@ -202,8 +202,13 @@ def disk_lines(shape: Shape, way: str, arguments: Arguments) -> str:
 
 
 def free_text(output_dir: str | None) -> str:
-    """What is free now where the training will write."""
-    return f"; {free_bytes(output_dir) / 1e9:.1f} GB are free in {output_dir}" if output_dir else ""
+    """What is free where the training will write, or above it where that is not there yet."""
+    if not output_dir:
+        return ""
+    try:
+        return f"; {free_bytes(output_dir) / 1e9:.1f} GB are free in {existing_parent(Path(output_dir).absolute())}"
+    except OSError:  # a folder that this user may not look into
+        return ""
 
 
 def advice(method: str, gpu: Gpu, gpus: int, shape: Shape, arguments: Arguments, work: Workload) -> str:

@@ -222,8 +222,9 @@ def disk_needed(one_checkpoint: int, one_final: int, limit: int, has_best: bool,
     return one_checkpoint * max(1, limit + 1 + int(has_best) - existing) + one_final
 
 
-def _existing_parent(path: Path) -> Path:
-    return path if path.exists() else _existing_parent(path.parent)
+def existing_parent(path: Path) -> Path:
+    """The path, or the folder above it that is there."""
+    return path if path.exists() else existing_parent(path.parent)
 
 
 def _size(number: float) -> str:
@@ -243,7 +244,7 @@ def _hidden(output_dir: str | Path) -> str:
 
 def free_bytes(output_dir: str | Path) -> int:
     """Bytes that are free where output_dir lies, or will lie."""
-    return shutil.disk_usage(_existing_parent(Path(output_dir).absolute())).free
+    return shutil.disk_usage(existing_parent(Path(output_dir).absolute())).free
 
 
 def check_disk(output_dir: str | Path, needed: int) -> None:

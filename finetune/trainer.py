@@ -13,6 +13,7 @@ itself and needs equal counts: there a lack of memory ends the run with the budg
 
 import gc
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -287,7 +288,10 @@ class UpdateTrainer(CheckpointingTrainer):
 
     def _say(self, text: str, on_every_rank: bool = False) -> None:
         if self.args.should_save or on_every_rank:
-            print(text, file=sys.stderr, flush=True)
+            try:
+                print(text, file=sys.stderr, flush=True)
+            except BrokenPipeError:  # whoever read is gone
+                self.stop.note(signal.SIGHUP)
 
     # ---- logs and evaluation ----
 

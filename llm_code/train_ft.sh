@@ -19,7 +19,7 @@ check_cards() {
   cards="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)"
   ((cards)) || return 0
   for number in ${gpus//,/ }; do
-    [[ "$number" =~ ^[0-9]+$ ]] && ((number < cards)) && continue
+    ((number < cards)) && continue
     refuse "BAICHUAN_GPUS=$gpus names card $number, this machine has $cards, counted from 0: set BAICHUAN_GPUS=$(seq -s , 0 $((cards - 1)))"
   done
 }

@@ -48,7 +48,7 @@ def run(name: str, environment: str | None, command: list[str]) -> int:
         return _detach(state, lock, command, variables)
     # In front this process holds the lock until it ends.
     status, _ = run_and_wait(name, command, variables)
-    typed = typed_settings(os.environ.get("MAKEFLAGS", ""))
+    typed = typed_settings(os.environ.get("MAKEFLAGS", ""), name)
     print(advice(name, status, typed), file=sys.stderr, end="")
     return status
 
@@ -158,7 +158,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         status = _obey(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)  # a descriptor that was closed (>&-) is no stdout to flush
         return status
     except StepError as error:
         print(f"error: {error}", file=sys.stderr)

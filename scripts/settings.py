@@ -146,8 +146,8 @@ def _keys_with_a_meaning_of_empty() -> set[str]:
 
 def make_lines() -> str:
     """What the Makefile includes; an empty value is left out, so that no program sees an empty HF_ENDPOINT."""
+    check_values(resolve())  # also what make's own command line says: it is in the recipe's environment
     values = {**defaults(), **read_env()}
-    check_values(values)
     lines = [f"export {key} ?= {value}" for key, value in values.items() if value]
     return "\n".join([f"SETTINGS := {' '.join(read_example())}", *lines]) + "\n"
 
@@ -168,15 +168,17 @@ def mistyped(names: list[str], goals: list[str]) -> str:
     for name in names:
         if meant := _meant(name):
             return f"{name} on the command line is no setting: perhaps {' or '.join(meant)} is meant\n"
-        readers = _readers(name) if name in MAKE_WORDS and name not in WORDS_OF_ALL else goals
-        if not set(readers) & set(goals):
+        readers = readers_of(name)
+        if readers is not None and not set(readers) & set(goals):
             unread = f"make {goals[0]} does not read it{_instead(name, goals[0])}"
             return f"{name} is for make {', '.join(readers)}; {unread}\n"
     return ""
 
 
-def _readers(word: str) -> list[str]:
-    """The targets whose recipes read a word of make's command line."""
+def readers_of(word: str) -> list[str] | None:
+    """The targets whose recipes read a word of make's command line; None for what any target may read."""
+    if word not in MAKE_WORDS or word in WORDS_OF_ALL:
+        return None
     blocks = (ROOT / "Makefile").read_text(encoding="utf-8").split("\n.PHONY: ")[1:]
     return [block.split()[0] for block in blocks if f"$({word})" in block]
 
@@ -185,8 +187,8 @@ def _instead(word: str, goal: str) -> str:
     """Which setting says the same to a goal, if one does."""
     step, project = goal.upper().replace("-", "_"), goal.split("-")[0].upper()
     names = [f"{step}_{word}", f"{project}_{word}", f"{project}_{word}S"]
-    if word in ("GPU", "GPUS") and goal == "qwen-train":
-        names = ["CUDA_VISIBLE_DEVICES"]
+    if word in ("GPU", "GPUS") and project in ("QWEN", "BAICHUAN"):
+        names = ["BAICHUAN_GPUS" if goal == "baichuan-train" else "CUDA_VISIBLE_DEVICES"]
     found = next((name for name in names if name in read_example()), None)
     return f": perhaps {found} is meant" if found else ""
 
@@ -210,7 +212,7 @@ def _training_flags() -> list[str]:
     for path in TRAIN_CONFIGS:
         try:
             found.update(json.loads((ROOT / path).read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # edited by hand: the training says what is wrong with it
+        except (OSError, ValueError, TypeError):  # edited by hand: the training says what is wrong with it
             continue
     return sorted(found)
 

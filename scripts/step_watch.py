@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from scripts.settings import SECRET
+from scripts.settings import SECRET, readers_of
 from scripts.step_process import send
 from scripts.step_state import StepError, StepState, known_steps, last_lines, processes_of
 
@@ -27,14 +27,15 @@ def advice(name: str, status: int, typed: str = "") -> str:
     return f"{name} ended with status {status}. The same command continues where it stopped: make {name}{typed}\n"
 
 
-def typed_settings(makeflags: str) -> str:
-    """The variables of make's command line as they can be typed again, each with a blank before it.
+def typed_settings(makeflags: str, name: str) -> str:
+    """The variables of make's command line as they can be typed again for a step, each with a blank before it.
 
     GNU make hands them on in MAKEFLAGS, behind `--`, their blanks behind backslashes. Without them a training is
     another experiment, or one of another length. What is secret is not shown: the line may be kept in a log.
     """
     words = re.findall(r"(?:\\.|[^\s\\])+", makeflags.partition(" -- ")[2])
     pairs = [re.sub(r"\\(.)", r"\1", word).partition("=") for word in words]
+    pairs = [pair for pair in pairs if name in (readers_of(pair[0]) or [name])]  # another goal's would be refused
     values = {key: value.replace("$$", "$") for key, _, value in reversed(pairs) if value}  # make doubles each $
     return "".join(f" {key}={'...' if SECRET.search(key) else shlex.quote(value)}" for key, value in values.items())
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.download import Wish, download_model, fetch_model
+from finetune.download import Wish, download_model, fetch_model, is_finished, write_record
 from finetune.errors import UserError
 from finetune.hub_files import needed_files
 from finetune.hubs import RemoteFile
@@ -303,6 +303,15 @@ def test_the_same_model_from_another_hub_is_not_to_be_removed(tmp_path, hub):
     download_model(wish(tmp_path))
     with pytest.raises(UserError, match="from modelscope, wanted huggingface. If it is as good, nothing is left to do"):
         download_model(wish(tmp_path, source="huggingface"))
+
+
+def test_a_half_download_is_not_called_the_model(tmp_path):
+    begun = wish(tmp_path)
+    begun.model_dir.mkdir(parents=True)
+    write_record(begun.model_dir, begun, complete=False)
+    assert not is_finished(begun)
+    with pytest.raises(UserError, match="Name another folder, or remove this one"):
+        is_finished(wish(tmp_path, source="huggingface"))
 
 
 def test_folders_of_other_models_are_left_alone(tmp_path, hub):

@@ -88,9 +88,16 @@ def test_a_reader_that_has_seen_enough_ends_the_program_quietly(lines):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-c", PRINTER.format(lines=lines)]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=buffered)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_closed_stdout_is_no_error():
+    command = ["bash", "-c", '"$0" -c "$1" >&-', sys.executable, PRINTER.format(lines=3)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_connection_that_broke_keeps_its_traceback():

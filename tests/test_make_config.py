@@ -171,6 +171,8 @@ def test_a_mistyped_name_on_the_command_line_starts_nothing(make, word, meant):
     "target, word, meant",
     [
         ("baichuan-train", "GPUS=4", "BAICHUAN_GPUS"),
+        ("baichuan-serve", "GPU=1", "CUDA_VISIBLE_DEVICES"),
+        ("qwen-eval", "GPU=1", "CUDA_VISIBLE_DEVICES"),
         ("qwen-train", "GPU=A100-80G", "CUDA_VISIBLE_DEVICES"),
         ("qwen-eval", "LIMIT=5", "QWEN_EVAL_LIMIT"),
         ("qwen-train", "LIMIT=5", None),
@@ -185,6 +187,15 @@ def test_a_word_that_the_target_does_not_read_starts_nothing(make, target, word,
     assert f"{expected}.  Stop." in done.stderr
 
 
+def test_cards_are_checked_on_makes_command_line_and_in_the_environment_too(checkout, make):
+    expected = "error: BAICHUAN_GPUS must be numbers of cards separated by commas"
+    assert expected in make("baichuan-plan", "BAICHUAN_GPUS=0-3", "DRY_RUN=1", environment=PLACES).stderr
+    assert expected in make("baichuan-plan", "DRY_RUN=1", environment=PLACES | {"BAICHUAN_GPUS": "0 1"}).stderr
+    (checkout / ".env").write_text("BAICHUAN_GPUS=0,1,\n")
+    assert expected in make("baichuan-plan", "DRY_RUN=1", environment=PLACES).stderr
+    assert make("baichuan-plan", "BAICHUAN_GPUS=0,1", "DRY_RUN=1", environment=PLACES).returncode == 0
+
+
 def test_words_pass_where_they_are_read(make):
     for target, *words in (
         ("qwen-plan", "GPU=A40", "GPUS=1"),
@@ -195,9 +206,10 @@ def test_words_pass_where_they_are_read(make):
         assert make(target, *words, "DRY_RUN=1", environment=PLACES).returncode == 0
 
 
-def test_a_configuration_edited_wrongly_hinders_no_step(checkout, make):
+@pytest.mark.parametrize("content", ['{"a": 1,}', '[{"a": 1}]', "7"])
+def test_a_configuration_edited_wrongly_hinders_no_step(checkout, make, content):
     """Its own training says what is wrong with it."""
-    (checkout / "llm_code" / "training_config" / "baichuan2_config.json").write_text('{"a": 1,}')
+    (checkout / "llm_code" / "training_config" / "baichuan2_config.json").write_text(content)
     done = make("status", "STEP=qwen-train")
     assert "Traceback" not in done.stderr and "mistyped" not in done.stderr
     assert "perhaps LIMIT is meant" in make("qwen-train", "LIMT=500", environment=PLACES).stderr

@@ -61,13 +61,22 @@ def test_the_plan_follows_what_the_experiment_fixes(capsys: pytest.CaptureFixtur
     assert "the best one" in printed(capsys, "--eval_split_percentage", "5")
 
 
-def test_the_disk_is_told_as_needed_and_as_free(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_is_told_as_needed_and_as_free(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """7.0 GB: two checkpoints of 249 M numbers of 12 bytes, and final/ of 4."""
     monkeypatch.setattr(plan, "free_bytes", lambda folder: 3_210_000_000)
+    here = str(tmp_path / "not" / "there" / "yet")
     assert "disk: needs 7.0 GB for 1 checkpoint of 3.0 GB, one more" in printed(capsys)
-    assert "GB; 3.2 GB are free in /data/out\n" in printed(capsys, "--output_dir", "/data/out")
-    alone = printed(capsys, "--output_dir", "/data/out", "--save_strategy", "no")
-    assert "disk: needs 1.0 GB for final/; save_strategy is no; 3.2 GB are free in /data/out\n" in alone
+    assert f"GB; 3.2 GB are free in {tmp_path}\n" in printed(capsys, "--output_dir", here)
+    alone = printed(capsys, "--output_dir", here, "--save_strategy", "no")
+    assert f"disk: needs 1.0 GB for final/; save_strategy is no; 3.2 GB are free in {tmp_path}\n" in alone
+
+    def refuse(folder: str) -> int:
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(plan, "free_bytes", refuse)
+    assert "choice:" in printed(capsys, "--output_dir", here)
 
 
 def test_advice_counts_the_rank_that_is_asked_for(capsys: pytest.CaptureFixture) -> None:

@@ -103,6 +103,14 @@ def test_the_advice_repeats_what_was_typed(checkout):
     assert failed.stderr.endswith(": make qwen-train ARGS='--warmup_steps 1 --seed 7' OUT='/data disk/中'\n")
 
 
+def test_the_advice_leaves_out_what_the_step_does_not_read(checkout):
+    flags = " -- LIMIT=5 ARGS=--x\\ 1"
+    failed = run_step(checkout, "run", "qwen-train", "--", "bash", "-c", "exit 7", MAKEFLAGS=flags)
+    assert failed.stderr.endswith(": make qwen-train ARGS='--x 1'\n")
+    failed = run_step(checkout, "run", "qwen-eval-mmcu", "--", "bash", "-c", "exit 7", MAKEFLAGS=flags)
+    assert failed.stderr.endswith(": make qwen-eval-mmcu ARGS='--x 1' LIMIT=5\n")
+
+
 def test_the_advice_shows_no_secret_and_a_dollar_as_it_was_typed(checkout, tmp_path):
     """Through make, which doubles dollars."""
     makefile = tmp_path / "Makefile"

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,18 @@ def test_a_reader_of_the_log_who_leaves_is_obeyed_as_a_hang_up(tmp_path: Path, m
         assert trainer.run() == signal.SIGTERM
         silence_lost_output((writer,))
     assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [2]
+
+
+def test_a_warning_that_nobody_reads_loses_no_update(tmp_path: Path, monkeypatch) -> None:
+    reader, writer = os.pipe()
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=5, logging_steps=10)
+    _spoil_gradients(trainer, monkeypatch, {3}, math.inf)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        os.close(reader)
+        assert trainer.run() == signal.SIGTERM
+        silence_lost_output((writer,))
+    assert [step for step, _ in saving.list_checkpoints(tmp_path)] == [4]
 
 
 def test_an_ignored_hang_up_stays_ignored(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ EITHER = r"(?:或者|或|还是|\bor\b)"
 LISTED = rf"(?:[ ,、;/+&和及与]|以及|and|{EITHER})"  # with "or", so that what leaves it open is read as a whole too
 # A.B.C is a list, but "A.B细胞" is option A and its text
 DOTTED = r"\.(?=(?>[A-D](?:\.[A-D])*)(?![A-Za-z0-9\u4e00-\u9fff]))"
+# 选项 before each letter: behind a comma only where nothing but such letters follows, as in "选项A,选项B。"
+NAMED = rf"(?:(?:[和及与、]|以及)选项|[,;]选项(?={RUN}(?:[,;、]选项{RUN})*\s*(?:[。.!\n]|$)))"
 BETWEEN = (
-    rf"(?:(?:选?项)?{LISTED}{{1,4}}|(?:选?项)?[和及与]选项"
+    rf"(?:(?:选?项)?{LISTED}{{1,4}}|(?:选?项)?{NAMED}"
     rf"|[)\]】]{LISTED}{{,3}}[(\[【]|\*\*{LISTED}{{,3}}\*\*|{DOTTED})"
 )
 WRONG = r"\s*(?:选?项)?[都均]?\s*(?:不|错)"
