@@ -305,3 +305,11 @@ def shared_engine():
     running = engine()
     yield running
     running.close()
+
+
+def test_the_tables_of_a_slot_are_those_of_its_own_request():
+    slots = Slots(1, 5, 0, torch.device("cpu"))
+    for prompt, bias in ([1], {3: 50}), ([2], {4: 10}):
+        slots.join(0, 0, prompt, SamplingParams(repetition_penalty=2.0, logit_bias=bias), 0)
+    assert slots.bias[0].tolist() == [0, 0, 0, 0, 10]
+    assert slots.in_prompt[0].tolist() == [False, False, True, False, False]

@@ -256,3 +256,10 @@ def test_streamed_sampling_is_seeded_and_obeys_top_k(loaded, prompts, plain_text
     assert draw(1) == draw(1) != draw(2)
     assert draw(1, top_k=1) == draw(2, top_k=1) == plain_texts[0].rstrip(UNFINISHED)
     assert draw(1, top_p=1e-6) == plain_texts[0].rstrip(UNFINISHED)
+
+
+def test_an_answer_ends_where_the_template_ends_it(tiny_qwen):
+    """Whatever the tokenizer calls its eos token."""
+    model, tokenizer = load_for_inference(tiny_qwen)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert end_of_answer_id(model, tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")

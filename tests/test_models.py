@@ -229,3 +229,13 @@ def test_folder_whose_copy_was_cut(tmp_path, tiny_qwen, tiny_baichuan):
         (folder / "tokenizer.json").unlink()
         with pytest.raises(UserError, match="expected a tokenizer"):
             load_tokenizer(folder)
+
+
+def test_few_rows_in_4_bits_have_the_bias(tiny_qwen, tmp_path):
+    model, _ = load_for_inference(tiny_qwen, make_adapter(tiny_qwen, tmp_path / "adapter"), True, dtype="bfloat16")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    bias = layer.get_base_layer().bias
+    bias.data.fill_(3)
+    with torch.inference_mode():
+        output = layer(torch.zeros(1, layer.in_features, dtype=torch.bfloat16))
+    assert torch.equal(output[0], bias.to(torch.bfloat16))
