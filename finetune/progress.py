@@ -126,7 +126,7 @@ class ProgressCallback(TrainerCallback):
             else:
                 print(line, file=self.stream, flush=True)
         except BrokenPipeError:
-            # Whoever read is gone (`| head`, q in less): as after a hang-up, the next update is saved and the last.
+            # Whoever read is gone (`| head`, q in less): as after a hang-up, the next update is the last, and saved.
             self.trainer.stop.note(signal.SIGHUP)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

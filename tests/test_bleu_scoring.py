@@ -108,3 +108,13 @@ def test_summary_by_hand():
     # all rows together: 11/11, 8/9, 6/7, 4/5 and 11 of 18 characters
     assert summary["corpus_bleu"]["score"] == pytest.approx(math.exp(1 - 18 / 11) * (8 / 9 * 6 / 7 * 4 / 5) ** 0.25)
     assert summary["bleu_bootstrap_95"][0] <= summary["bleu"] <= summary["bleu_bootstrap_95"][1]
+
+
+def test_scores_of_all_answers_by_hand():
+    by_order = score_pairs([("一二三四", "一二三五")])[1]["bleu_by_order"]
+    assert by_order["1"] == pytest.approx(3 / 4) and by_order["2"] == pytest.approx(math.sqrt(3 / 4 * 2 / 3))
+    lengths = score_pairs([("一一", "一"), (" \n", "一二三")])[1]
+    assert (
+        lengths["length_ratio"] == pytest.approx((2 + 2) / (1 + 3)) and lengths["empty"] == 0.5
+    )  # not (2/1 + 2/3) / 2
+    assert score_pairs([("一二三四五", "一二三六七")])[1]["corpus_bleu"]["score"] == 0  # no four in a row, unsmoothed

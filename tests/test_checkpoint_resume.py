@@ -232,3 +232,11 @@ def test_another_checkpoint_of_the_same_shape(tmp_path, source):
     convert_checkpoint(source, tmp_path / "qwen")
     with pytest.raises(UserError, match="holds the conversion of another checkpoint"):
         convert_checkpoint(base, tmp_path / "qwen")
+
+
+def test_a_converted_file_that_was_cut_is_converted_again(tmp_path, source):
+    killed_conversion(source, tmp_path / "qwen", "in the middle of the second file", keep_original=True)
+    first = sorted((tmp_path / "qwen.partial").glob("model-*"))[0]
+    whole = first.read_bytes()
+    first.write_bytes(whole[:1000])
+    assert (convert_checkpoint(source, tmp_path / "qwen") / first.name).read_bytes() == whole

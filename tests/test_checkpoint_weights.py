@@ -1,5 +1,8 @@
 """Converted weights compute the same function as the originals."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -62,3 +65,13 @@ def test_large_files_are_cut(tmp_path, tiny_qwen_original, monkeypatch):
     files = sorted(target.glob("model-*.safetensors"))
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     AutoModelForCausalLM.from_pretrained(target)
+
+
+def test_a_source_file_stays_until_all_of_it_is_converted(tmp_path, tiny_qwen_original, tiny_qwen, monkeypatch):
+    """Several new files of one old one, the original removed on the way."""
+    monkeypatch.setattr("finetune.checkpoint.manifest.MAX_SHARD_BYTES", 100_000)
+    source = Path(shutil.copytree(tiny_qwen_original, tmp_path / "source"))
+    target = convert_checkpoint(source, tmp_path / "out", keep_original=False)
+    found, expected = (AutoModelForCausalLM.from_pretrained(one).state_dict() for one in (target, tiny_qwen))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(list(target.glob("*.safetensors"))) > 3 and not list(source.glob("*.safetensors"))

@@ -101,6 +101,7 @@ def test_a_list_is_read_as_a_whole_or_not_at_all(text, strict):
         ("答案是选项C，因为选项A太宽", "C"),
         ("答案：选项A和选项C", "AC"),
         ("答案是A，选项B错误", "A"),
+        ("答案是A。检查后发现有误，所以答案是B。", "B"),
         ("答案：A+C", "AC"),
         ("答案为选项A、选项B、选项D", "ABD"),
         ("【答案】A、选项B、选项C", "ABC"),

@@ -60,3 +60,11 @@ def test_comparison_by_hand():
     assert verdict(compare_runs(theirs[:6], ours[:6], "other")).startswith("This run is worse")
     with pytest.raises(UserError, match="other: expected the same questions for both models, found 6 and 8"):
         compare_runs(ours[:6], theirs, "other")
+
+
+def test_each_reading_is_of_the_answer_to_its_own_prompt():
+    known = {"domain": "医疗", "subject": "病理学", "number": 1}
+    record = make_record(make_question(**known, answer="A"), "A", "B")
+    assert (record["official_predicted"], record["predicted"]) == ("A", "B")
+    assert (record["official_correct"], record["correct"]) == (True, False)
+    assert not make_record(make_question(**known, answer="无"), "?", "不知道")["correct"]  # no letter against none

@@ -32,3 +32,11 @@ def test_a_run_with_other_settings_loses_no_batch(tmp_path, capsys):
 def test_a_run_without_batches_leaves_nothing_behind(tmp_path, capsys):
     assert opened(tmp_path / "partial.jsonl", FULL) == {} == opened(tmp_path / "partial.jsonl", QUICK)
     assert [file.name for file in tmp_path.iterdir()] == ["partial.jsonl"] and not capsys.readouterr().err
+
+
+def test_a_finished_batch_is_in_the_file_at_once(tmp_path):
+    """A killed process writes nothing more."""
+    partial = PartialResults(tmp_path / "partial.jsonl", FULL)
+    partial.append(0, [[0, "a"]])
+    assert len((tmp_path / "partial.jsonl").read_bytes().splitlines()) == 2
+    partial.close()

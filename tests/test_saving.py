@@ -245,3 +245,14 @@ def test_a_containers_pages_of_files_are_free(tmp_path):
     assert saving._container_limit(tmp_path) == 3500
     (tmp_path / "memory.max").write_text("max")
     assert saving._container_limit(tmp_path) == 2**63
+
+
+def test_a_folder_is_on_the_disk_before_it_is_marked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut at any moment leaves no complete marker beside files that were never written."""
+    written, done, rename = tmp_path / ".saving" / "checkpoint-1", [], os.rename
+    written.mkdir(parents=True)
+    (written / "a.bin").write_bytes(b"x")
+    monkeypatch.setattr(saving, "sync", lambda path: done.append(Path(path).name))
+    monkeypatch.setattr(os, "rename", lambda path, target: (done.append("renamed"), rename(path, target)))
+    saving.publish(written, tmp_path / "checkpoint-1", {})
+    assert done == ["a.bin", saving.MARKER, "checkpoint-1", "renamed", tmp_path.name]

@@ -160,3 +160,11 @@ def test_an_unusable_path_is_told_with_the_setting_that_leads_there(monkeypatch,
     advice = f". Set {keys} in .env to a folder you may use" if keys else ""
     assert settings.advice_on(PermissionError(13, "Permission denied", path)) == f"{path}: Permission denied{advice}"
     assert "Broken pipe" in settings.advice_on(BrokenPipeError(32, "Broken pipe"))
+
+
+def test_keys_and_tokens_are_not_shown(monkeypatch):
+    secrets = ("API_KEY", "UPSTREAM_API_KEY", "HF_TOKEN", "MODELSCOPE_API_TOKEN")
+    for key in secrets:
+        monkeypatch.setenv(key, "topsecret1")
+    shown = settings.config_lines({})
+    assert "topsecret1" not in shown and shown.count("**********") == len(secrets)
