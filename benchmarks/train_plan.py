@@ -99,6 +99,7 @@ def card_runs() -> list[Run]:
         replace(qlora, name="qlora-x2", gpus=2),
         replace(qlora, name="qlora-x2-twice", gpus=2, rows=twice),
         full,
+        replace(full, name="full-x2", gpus=2),
         *(replace(full, name=f"zero-{stage}-x2", gpus=2, stage=stage) for stage in ("1", "2", "3")),
     ]
 

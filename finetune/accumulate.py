@@ -18,8 +18,8 @@ from finetune.recipes import split_recipe
 def accumulate_in_products(model: nn.Module) -> int:
     """Give every trainable, bias-free nn.Linear of the decoder the direct path; returns how many have it.
 
-    For one process: gradients appear in `.grad` without passing through autograd's hooks, which DistributedDataParallel
-    and DeepSpeed rely on.
+    Not for DeepSpeed and DistributedDataParallel: gradients appear in `.grad` without passing through autograd's hooks,
+    which they rely on. The average over ranks (finetune.gradients) is taken of `.grad` itself.
     """
     layers = [module for module in model.get_decoder().modules() if type(module) is nn.Linear and module.bias is None]
     layers = [layer for layer in layers if layer.weight.requires_grad]

@@ -16,7 +16,14 @@ from transformers import Trainer
 from finetune import saving
 from finetune.checkpoint.manifest import MAX_SHARD_BYTES
 from finetune.errors import UserError
-from finetune.zero import UNIVERSAL, make_universal, repair_universal, weights_from_zero
+from finetune.zero import (
+    UNIVERSAL,
+    end_reading,
+    make_universal,
+    repair_universal,
+    show_reading,
+    weights_from_zero,
+)
 
 if TYPE_CHECKING:
     from finetune.conversation import Sample
@@ -50,6 +57,11 @@ class RunPlan:
     finish_folder: Callable[[Path], None] | None = None
     finish_final: Callable[[Path], None] | None = None
     eval_samples: "list[Sample]" = field(default_factory=list)
+
+
+def wait_for_ranks() -> None:
+    """A barrier. NCCL is told the card: it would guess it, and warn on every rank."""
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 class CheckpointingTrainer(Trainer, ABC):
@@ -184,9 +196,10 @@ class CheckpointingTrainer(Trainer, ABC):
         scheduler._last_lr = [group["lr"] for group in groups]
 
     def _after_universal(self, checkpoint: Path) -> None:
-        """What DeepSpeed leaves out in stage 3; then the large part of the rewritten checkpoint is removed."""
-        if self._zero_stage == 3:
-            repair_universal(self.deepspeed.optimizer.optimizer, (self.args.weight_decay, 0.0))
+        """What DeepSpeed leaves out; then the rewritten checkpoint is removed."""
+        end_reading()
+        decays = (self.args.weight_decay, 0.0) if self._zero_stage == 3 else ()
+        repair_universal(self.deepspeed.optimizer.optimizer, decays)
         self._barrier()
         if self.args.should_save:
             shutil.rmtree(checkpoint / (checkpoint / UNIVERSAL).read_text())
@@ -212,19 +225,24 @@ class CheckpointingTrainer(Trainer, ABC):
         return str(checkpoint)
 
     def _for_these_ranks(self, checkpoint: Path, ranks: int) -> Path:
-        """DeepSpeed cuts its states by ranks: rewrite a checkpoint of another number into its universal form."""
+        """DeepSpeed cuts its states by ranks: rewrite a checkpoint of another number into its universal form.
+
+        That form refers to the checkpoint's files, which the ranks read when the training starts.
+        """
         target = saving.aside_dir(self.args.output_dir) / f"universal-{checkpoint.name}"
         if self.args.should_save:
-            self._say(f"it was written by {ranks} ranks, these are {self.args.world_size}: rewriting it")
-            saving.check_disk(target, sum(path.stat().st_size for path in checkpoint.rglob("*")))
-            make_universal(checkpoint, target)
+            nbytes = make_universal(checkpoint, target)
+            size = f"{nbytes / 1e9:.1f} GB of states"
+            self._say(f"it was written by {ranks} ranks, these are {self.args.world_size}: rewriting its index, {size}")
+            # A rank of stage 3 reads all of them, one of the others its own part.
+            show_reading(nbytes / (1 if self._zero_stage == 3 else self.args.world_size))
         self._barrier()
         self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
         return target
 
     def _barrier(self) -> None:
         if self.args.world_size > 1:
-            dist.barrier()
+            wait_for_ranks()
 
     @abstractmethod
     def _say(self, text: str) -> None:

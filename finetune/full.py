@@ -1,4 +1,4 @@
-"""Full-parameter training as finetune.training runs it: on one card in 16 bits, on several with DeepSpeed's stages."""
+"""Full-parameter training as finetune.training runs it: in 16 bits, a copy on each card, or with DeepSpeed's stages."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,14 @@ from finetune.norm_head import has_norm_head
 from finetune.prepare import say
 from finetune.room import Method, Room
 from finetune.saving import check_host_memory
-from finetune.speed import Budget, choose_full_budget, full_flops_per_token, full_update_seconds, layers_allowed
+from finetune.speed import (
+    Budget,
+    choose_full_budget,
+    full_flops_per_token,
+    full_update_seconds,
+    layers_allowed,
+    micro_batches,
+)
 from finetune.zero import check_final_weights, join_group, stage_of
 
 if TYPE_CHECKING:
@@ -28,11 +35,16 @@ def full_method(arguments: Arguments) -> Method:
     model_dir = arguments.model.model_name_or_path
     norm_head = bool(model_dir) and has_norm_head(model_dir)
     return Method(
-        name="all parameters, " + ("one process" if stage == "none" else f"DeepSpeed ZeRO stage {stage}"),
+        name="all parameters, " + ("without DeepSpeed" if stage == "none" else f"DeepSpeed ZeRO stage {stage}"),
         load=lambda arguments, dtype, device: _load(arguments, dtype, device, stage, norm_head),
         choose_budget=lambda room: _choose_budget(room, stage),
         predict_memory=lambda room, budget: full_memory(
-            room.shape, stage, room.world_size, budget.tokens, budget.layers_kept
+            room.shape,
+            stage,
+            room.world_size,
+            budget.tokens,
+            budget.layers_kept,
+            micro_batches(budget, room.tokens_per_update / room.world_size),
         ),
         flops_per_token=lambda room: full_flops_per_token(room.shape),
         tokens_per_second=lambda room, budget: _tokens_per_second(room, budget, stage),

@@ -12,8 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from finetune.memory import BLOCK_ELEMENTS
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+LARGE = 4_000_000  # numbers
 
 
 class Gradients:
@@ -28,16 +32,40 @@ class Gradients:
         self.world_size = world_size
         self.norm: Tensor | None = None
 
+    def share_parameters(self) -> None:
+        """Every rank goes on with the first one's trained parameters."""
+        if self.world_size > 1:
+            for parameter in self.parameters:
+                dist.broadcast(parameter.data, 0)
+
+    def ranks_differ(self) -> bool:
+        """Whether ranks hold different parameters, which the same steps from the same start never give."""
+        if self.world_size == 1:
+            return False
+        sums = torch.stack([parameter.detach().sum(dtype=torch.float64) for parameter in self.parameters])
+        first = sums.clone()
+        dist.broadcast(first, 0)
+        unequal = (sums != first).any().float()
+        dist.all_reduce(unequal, op=dist.ReduceOp.MAX)
+        return bool(unequal)
+
     def average(self) -> None:
-        """Mean over ranks, in flat blocks."""
+        """Mean over ranks: of large matrices where they lie, of small ones in flat blocks."""
         if self.world_size == 1:
             return
-        for block in _blocks(self._present()):
+        present = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        large = [gradient for gradient in present if _is_large(gradient)]
+        sums = [dist.all_reduce(gradient, async_op=True) for gradient in large]
+        for block in _blocks([gradient for gradient in present if not _is_large(gradient)]):
             flat = torch.cat([gradient.reshape(-1) for gradient in block])
             dist.all_reduce(flat)
             flat /= self.world_size
             parts = flat.split([gradient.numel() for gradient in block])
             torch._foreach_copy_(block, [part.view_as(one) for part, one in zip(parts, block, strict=True)])
+        for one in sums:
+            one.wait()
+        if large:
+            torch._foreach_div_(large, self.world_size)
 
     def clip(self, accelerator: "Accelerator", max_norm: float) -> None:
         """Scale all so that their norm is at most max_norm (0: no limit). Does not wait for the device."""
@@ -53,11 +81,13 @@ class Gradients:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _present(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+def _is_large(gradient: Tensor) -> bool:
+    """Whether it is worth a transfer of its own, which spares a copy of it."""
+    return gradient.numel() >= LARGE and gradient.is_contiguous()
 
 
-def _blocks(tensors: Sequence[Tensor], max_elements: int = 50_000_000) -> Iterator[list[Tensor]]:
+def _blocks(tensors: Sequence[Tensor], max_elements: int = BLOCK_ELEMENTS) -> Iterator[list[Tensor]]:
     """Tensors of one dtype in groups of about max_elements, in order."""
     block: list[Tensor] = []
     for tensor in tensors:

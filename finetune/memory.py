@@ -4,8 +4,9 @@ P is the number of weights. T tokens of a micro-batch, h hidden, q, kv widths of
 
 - QLoRA: projections in NF4, 0.516 bytes each (4 bits, a byte of scale per 64, a float per 16,384); the rest in 16
   bits.
-- Full: 2 P weights, 2 P gradients, and 4 P moments in 16 bits (one card) or 12 P with 32-bit master weights
-  (DeepSpeed).
+- Full: 2 P weights, 2 P gradients, and 4 P moments in 16 bits (a copy on each card) or 12 P with 32-bit master weights
+  (DeepSpeed). In the only micro-batch of an update gradients come while activations go, the head's before all others;
+  stage 1 then leaves each card its part of them.
 - A layer kept for the backward pass: 2 T (2 h + 2 q + 2 kv + 2 f), its norms and SwiGLU's product computed again
   (finetune.recipes); with DeepSpeed they are kept: 2 T (4 h + 2 q + 2 kv + 3 f). A recomputed layer: 2 T h, and one
   at a time while it is redone.
@@ -27,6 +28,7 @@ STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd
 LOSS_CHUNK_ROWS = 1024  # supervised positions whose logits exist at once
 LOSS_CHUNK_BYTES = 6  # their logits in 16 bits and in 32
 BUCKET_ELEMENTS = 200_000_000  # gradients or parameters in one DeepSpeed transfer
+BLOCK_ELEMENTS = 50_000_000  # small gradients in one transfer without DeepSpeed
 LIVE_PARAMETERS = 1_000_000_000  # most that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 STAGES = ("none", "1", "2", "3", "2-offload", "3-offload")
 
@@ -153,24 +155,31 @@ def qlora_memory(
         "gradients": lora * lora_bytes,
         "optimizer": lora * optimizer_bytes,
         **_activations(shape, tokens, layers_kept, width),
-        "buffers": lora * lora_bytes + BUCKET_ELEMENTS * lora_bytes / 4 if gpus > 1 else 0,
+        "buffers": min(lora, BLOCK_ELEMENTS) * lora_bytes if gpus > 1 else 0,
     }
 
 
-def full_memory(shape: Shape, stage: str, gpus: int, tokens: int, layers_kept: int) -> dict[str, float]:
-    """Bytes per card of a full-parameter step with a DeepSpeed stage (one of STAGES), by part."""
+def full_memory(
+    shape: Shape, stage: str, gpus: int, tokens: int, layers_kept: int, micro_batches: int = 2
+) -> dict[str, float]:
+    """Bytes per card of a full-parameter step with a DeepSpeed stage (one of STAGES), by part.
+
+    `micro_batches` of an update on a card; what counts is whether there are several.
+    """
     p = shape.parameters
     level = int(stage[0]) if stage[0].isdigit() else 0
     offload = stage.endswith("offload")
+    activations = _activations(shape, tokens, layers_kept, has_recipes=stage == "none")
     weights = HALF_BYTES * p / (gpus if level == 3 else 1)
-    gradients = HALF_BYTES * p / (gpus if level >= 2 else 1)
+    gradients = HALF_BYTES * p / (gpus if level >= 2 or (level == 1 and micro_batches == 1) else 1)
+    if level == 0 and micro_batches == 1:
+        gradients = max(HALF_BYTES * shape.vocabulary * shape.hidden, gradients - activations["activations"])
     optimizer = ADAM_STATE_BYTES / 2 * p if level == 0 else 12 * p / gpus
     if offload:
         weights, gradients, optimizer = (0 if level == 3 else weights), 0, 0
     live = HALF_BYTES * min(p, LIVE_PARAMETERS) if level == 3 else 0
     buckets = 2 * HALF_BYTES * min(p, BUCKET_ELEMENTS) if level else 0
     parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
-    activations = _activations(shape, tokens, layers_kept, has_recipes=stage == "none")
     return {**parts, **activations, "buffers": buckets + live}
 
 

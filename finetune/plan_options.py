@@ -25,6 +25,7 @@ from finetune.speed import (
     filled,
     full_update_seconds,
     layers_allowed,
+    micro_batches,
     qlora_tokens_per_second,
 )
 
@@ -109,7 +110,7 @@ def qlora_option(shape: Shape, gpu: Gpu, gpus: int, arguments: Arguments, work: 
 
 
 def full_option(shape: Shape, gpu: Gpu, gpus: int, stage: str, train: TrainArguments, work: Workload) -> Option:
-    """Full fine-tuning with a DeepSpeed stage; `none` is one card with 16-bit weights and moments."""
+    """Full fine-tuning with a DeepSpeed stage; `none` is without, 16-bit weights and moments on each card."""
     budget = choose_full_budget(
         shape,
         stage,
@@ -122,15 +123,16 @@ def full_option(shape: Shape, gpu: Gpu, gpus: int, stage: str, train: TrainArgum
         tokens=train.tokens_per_micro_batch or None,
     )
     shown = _shown(budget, work)
-    parts = full_memory(shape, stage, gpus, shown.tokens, shown.layers_kept)
+    pieces = micro_batches(shown, work.tokens_per_update / gpus)
+    parts = full_memory(shape, stage, gpus, shown.tokens, shown.layers_kept, pieces)
     updates = work.tokens_in_all / work.tokens_per_update
     seconds = updates * full_update_seconds(shape, gpu, budget or shown, stage, gpus, work.tokens_per_update)
     return Option(stage, gpus, parts, budget, seconds, host_memory(shape, stage))
 
 
 def full_options(shape: Shape, gpu: Gpu, gpus: int, train: TrainArguments, work: Workload) -> list[Option]:
-    """Every stage on so many cards: `none` on one only, 1 to 3 on several, offloading on any number."""
-    stages = [stage for stage in STAGES if stage.endswith("offload") or (stage == "none") == (gpus == 1)]
+    """Every way on so many cards: 1 to 3 on several, the others on any number."""
+    stages = [stage for stage in STAGES if gpus > 1 or stage not in ("1", "2", "3")]
     return [full_option(shape, gpu, gpus, stage, train, work) for stage in stages]
 
 

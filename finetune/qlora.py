@@ -7,6 +7,7 @@ fuse_projections(model)
 checkpoint_layers(model, num_layers=12)
 """
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,6 +94,8 @@ def apply_liger(model: "PreTrainedModel") -> bool:
     """
     if model.device.type != "cuda":
         return False
+    # It warns of each backend that is not installed (CuTe DSL, Ascend); the default is all that is wanted.
+    logging.getLogger("liger_kernel.backends").setLevel(logging.ERROR)
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError:

@@ -33,6 +33,8 @@ FULL_SHARE, FULL_OVERHEAD_TOKENS = 0.79, 300
 HOST_LINK_BYTES = 20e9  # bytes/s between a card and main memory, PCIe 4 x16
 # Parameters/s of the CPU's Adam. DeepSpeed's ZeRO-Offload tutorial: a step of 3 B takes 2.4 s on a host of 128 cores.
 HOST_ADAM_PARAMETERS = 2e9
+# What an update takes beyond arithmetic, in seconds for each 1e9 parameters: two H200, 7.5 B, one micro-batch each.
+ZERO_SECONDS = {"1": 0.020, "2": 0.023, "3": 0.085}
 UPDATES_DIFFER = 1.12  # an update of 64 short rows holds up to this share of the mean, nine times of ten
 MOST_PARTS = 8
 BUDGETS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 256)
@@ -81,19 +83,25 @@ def full_tokens_per_second(shape: Shape, gpu: Gpu, budget: Budget) -> float:
 def full_update_seconds(
     shape: Shape, gpu: Gpu, budget: Budget, stage: str, gpus: int, tokens_per_update: float
 ) -> float:
-    """Seconds of an update. Transfers between cards overlap with computing, those to main memory do not."""
+    """Seconds of an update.
+
+    DeepSpeed's transfers between cards overlap with computing; those to main memory and ours, behind the last
+    micro-batch, do not.
+    """
     tokens_per_card = tokens_per_update / gpus
-    micro_batches = max(1, math.ceil(tokens_per_card / budget.tokens))
+    parts = micro_batches(budget, tokens_per_card)
     computing = tokens_per_card / full_tokens_per_second(shape, gpu, filled(budget, tokens_per_card))
     weights = HALF_BYTES * shape.parameters
     # Stage 3 gathers the weights forward and backward in every micro-batch, 1 and 2 reduce and gather once an update.
-    passes = {"1": 2.0, "2": 2.0 * micro_batches, "3": 3.0 * micro_batches}.get(stage[0], 0.0) if gpus > 1 else 0.0
+    passes = {"n": 2.0, "1": 2.0, "2": 2.0 * parts, "3": 3.0 * parts}[stage[0]] if gpus > 1 else 0.0
     moving = passes * weights * (gpus - 1) / gpus / (gpu.link_gb_per_second * 1e9)
-    offloading = 0.0
+    if stage == "none":
+        return computing + moving
+    more = ZERO_SECONDS.get(stage, 0.0) * shape.parameters / 1e9 * (parts if stage == "3" else 1)
     if stage.endswith("offload"):
-        crossings = 2.0 + (2.0 * micro_batches if stage.startswith("3") else 0.0)
-        offloading = crossings * weights / gpus / HOST_LINK_BYTES + shape.parameters / HOST_ADAM_PARAMETERS
-    return max(computing, moving) + offloading
+        crossings = 2.0 + (2.0 * parts if stage.startswith("3") else 0.0)
+        more = crossings * weights / gpus / HOST_LINK_BYTES + shape.parameters / HOST_ADAM_PARAMETERS
+    return max(computing, moving) + more
 
 
 def _best(
@@ -121,10 +129,14 @@ def _sizes(longest_row: int, tokens_per_card: float) -> list[int]:
     return sorted({longest_row, *(size for size in {*BUDGETS, *shares} if longest_row <= size <= largest)})
 
 
+def micro_batches(budget: Budget, tokens_per_card: float) -> int:
+    """Into how many an update is cut on each card."""
+    return max(1, math.ceil(tokens_per_card / budget.tokens))
+
+
 def filled(budget: Budget, tokens_per_card: float) -> Budget:
     """The budget as it is filled: an update is cut into equal micro-batches."""
-    parts = max(1, math.ceil(tokens_per_card / budget.tokens))
-    return replace(budget, tokens=max(1, round(tokens_per_card / parts)))
+    return replace(budget, tokens=max(1, round(tokens_per_card / micro_batches(budget, tokens_per_card))))
 
 
 def choose_qlora_budget(

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +83,9 @@ class UpdateTrainer(CheckpointingTrainer):
         self.gradients = Gradients(self.model, args.world_size)
         if not self.is_deepspeed_enabled:
             self.model.zero_grad = self.gradients.forget
+            self.gradients.share_parameters()
+            # Not wrapped: DistributedDataParallel would hold a second copy of all gradients.
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     # ---- data ----
 
@@ -184,10 +188,9 @@ class UpdateTrainer(CheckpointingTrainer):
 
     def _forward_backward(self, model: nn.Module, rows: Sequence[int], scale: float) -> Tensor:
         self._in_backward = False
-        with self.accelerator.no_sync(model=model):
-            loss = self._loss_of(model, rows)
-            self._in_backward = True
-            self.accelerator.backward(loss * scale)
+        loss = self._loss_of(model, rows)
+        self._in_backward = True
+        self.accelerator.backward(loss * scale)
         return loss.detach()
 
     def _lower_budget(self, rows: Sequence[int]) -> None:
@@ -292,6 +295,13 @@ class UpdateTrainer(CheckpointingTrainer):
                 print(text, file=sys.stderr, flush=True)
             except BrokenPipeError:  # whoever read is gone
                 self.stop.note(signal.SIGHUP)
+
+    def _refuse_ruined_weights(self) -> None:
+        super()._refuse_ruined_weights()
+        if not self.is_deepspeed_enabled and self.gradients.ranks_differ():
+            text = "its ranks had different weights, which one card that computes wrongly would explain"
+            self._say(f"note: update {self.state.global_step}: {text}. All go on with the first one's")
+            self.gradients.share_parameters()
 
     # ---- logs and evaluation ----
 

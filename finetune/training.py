@@ -250,8 +250,10 @@ def _leave_group() -> None:
     """Ranks part in order; one that just exits may make another one's last collective fail."""
     import torch.distributed as dist
 
+    from finetune.checkpointing import wait_for_ranks
+
     if dist.is_initialized():
-        dist.barrier()
+        wait_for_ranks()
         dist.destroy_process_group()
 
 

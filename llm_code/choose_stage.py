@@ -1,4 +1,4 @@
-"""Which way of training fits these cards and is cheapest: none (one card), 1, 2, 3, 2-offload or 3-offload.
+"""Which way of training fits these cards and is cheapest: none, 1, 2, 3, 2-offload or 3-offload.
 
     python -m llm_code.choose_stage --num_gpus 2 --train_args_file llm_code/training_config/baichuan2_config.json
 
@@ -20,8 +20,8 @@ from finetune.plan_options import choose, full_options, usable_bytes
 from finetune.saving import newest_checkpoint, read_marker
 
 
-def choose_stage(arguments: Arguments, num_gpus: int) -> tuple[str, str]:
-    """(name, reason). Raises UserError when no way fits."""
+def choose_stage(arguments: Arguments, num_gpus: int, has_several_machines: bool = False) -> tuple[str, str]:
+    """(name, reason). Several machines leave DeepSpeed's stages alone. Raises UserError when no way fits."""
     newest, _ = newest_checkpoint(arguments.train.output_dir) if arguments.train.output_dir else (None, [])
     stage = (read_marker(newest) or {}).get("stage") if newest else None
     if stage:
@@ -32,6 +32,7 @@ def choose_stage(arguments: Arguments, num_gpus: int) -> tuple[str, str]:
     require(arguments, model_name_or_path="Set BAICHUAN_MODEL_DIR in .env.")
     shape, work = shape_of(arguments.model.model_name_or_path), workload(arguments, num_gpus, None, None)
     options = full_options(shape, gpu, num_gpus, arguments.train, work)
+    options = [option for option in options if option.name != "none" or not has_several_machines]
     chosen = choose(options)
     if chosen is None:
         raise UserError(advice("full", gpu, num_gpus, shape, arguments, work))
@@ -51,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--num_gpus", type=int, required=True, help="cards, or processes where there is no card")
+    parser.add_argument("--several_machines", action="store_true", help="the cards are those of several machines")
     flags, rest = parser.parse_known_args(argv)
-    name, reason = choose_stage(parse_arguments(rest), flags.num_gpus)
+    name, reason = choose_stage(parse_arguments(rest), flags.num_gpus, flags.several_machines)
     print(f"DEEPSPEED_STAGE=auto: {name} ({reason})", file=sys.stderr)
     print(name)
 

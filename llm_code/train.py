@@ -4,7 +4,7 @@
     deepspeed --num_gpus 2 --master_port 65224 --no_local_rank --module llm_code.train \
         --train_args_file llm_code/training_config/baichuan2_config.json
 
-A flag beats the JSON file. `deepspeed` names a file of llm_code/deepspeed_config/, or is `none` for one card. Run
+A flag beats the JSON file. `deepspeed` names a file of llm_code/deepspeed_config/, or is `none`. Run
 again, it goes on from the newest complete checkpoint. Writes the model to OUTPUT_DIR/final, loss.png and
 train_report.json. Exit status: 0 done, 2 something to mend, 143 or 130 stopped by a signal and saved.
 """

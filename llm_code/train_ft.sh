@@ -36,12 +36,14 @@ flags=(--train_args_file "${BAICHUAN_TRAIN_CONFIG:-llm_code/training_config/baic
 [[ -z "${BAICHUAN_MODEL_DIR:-}" ]] || flags+=(--model_name_or_path "$BAICHUAN_MODEL_DIR")
 [[ -z "${BAICHUAN_TRAIN_FILE:-}" ]] || flags+=(--train_file "$BAICHUAN_TRAIN_FILE")
 [[ -z "${BAICHUAN_OUTPUT_DIR:-}" ]] || flags+=(--output_dir "$BAICHUAN_OUTPUT_DIR")
-[[ "$stage" != auto ]] || stage="$(CUDA_VISIBLE_DEVICES="$gpus" "$python" -m llm_code.choose_stage --num_gpus "$count" "${flags[@]}" "$@")"
+asked=(--num_gpus "$count" ${HOSTFILE:+--several_machines})
+[[ "$stage" != auto ]] || stage="$(CUDA_VISIBLE_DEVICES="$gpus" "$python" -m llm_code.choose_stage "${asked[@]}" "${flags[@]}" "$@")"
 
 if [[ "$stage" == none ]]; then
-  [[ "$count" == 1 ]] || refuse "DEEPSPEED_STAGE=none is for one card, BAICHUAN_GPUS names $count: $gpus"
+  [[ -z "${HOSTFILE:-}" ]] || refuse "DEEPSPEED_STAGE=none is for the cards of one machine, unset HOSTFILE or set a stage"
   export CUDA_VISIBLE_DEVICES="$gpus"
   launcher=(python -m llm_code.train)
+  ((count == 1)) || launcher=(python -m finetune.launch torchrun --standalone --nproc_per_node "$count" -m llm_code.train)
 else
   unset CUDA_VISIBLE_DEVICES # deepspeed sets it for each process
   cards=(--num_gpus "$count")

@@ -60,7 +60,10 @@ def test_an_answer_that_was_not_read_is_shown_as_written():
 
 def test_settings_of_adapters_are_not_told_of_full_training():
     report = {"versions": {}, "git_commit": "a", "config_file": "b", "identity": {"lora_rank": 64, "seed": 1}}
-    for method, words in (("all parameters, one process", ["seed"]), ("QLoRA, 4-bit NF4 base", ["lora rank", "seed"])):
+    for method, words in (
+        ("all parameters, without DeepSpeed", ["seed"]),
+        ("QLoRA, 4-bit NF4 base", ["lora rank", "seed"]),
+    ):
         table = environment_blocks(report | {"method": method})[1]
         assert [name for name, _ in table.rows][2:] == words
 

@@ -1,10 +1,10 @@
 """Two real processes over gloo: an update planned for both gives the gradients of one process that sees all rows."""
 
-from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
 
+from finetune import gradients as of_an_update
 from finetune.attention import enable_padding_free_attention
 from finetune.batching import collate, plan_epoch
 from finetune.loss import enable_chunked_loss
@@ -23,25 +23,30 @@ def build():
 def run_rank(rank, folder, port):
     """One rank's share of each update, all its micro-batches; the averaged gradients go to files."""
     from torch import distributed
-    from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
     store = distributed.TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=PATIENCE)
-    model = DistributedDataParallel(build())
+    model = build()
+    of_an_update.LARGE = 2000  # matrices are sent where they lie, norms in a block
+    ours = of_an_update.Gradients(model, WORLD_SIZE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += rank  # the first rank's count
+    assert ours.ranks_differ()
+    ours.share_parameters()
+    assert not ours.ranks_differ()
     for number, lengths in enumerate(UPDATES):
-        model.zero_grad(set_to_none=True)
+        ours.forget()
         samples = random_samples(lengths)
         (update,) = plan_epoch(lengths, len(lengths), WORLD_SIZE, 16, seed=0, epoch=0)
-        steps = update.micro_batches[rank]
-        for index, rows in enumerate(steps):
-            with nullcontext() if index == len(steps) - 1 else model.no_sync():
-                model(**collate([samples[row] for row in rows])).loss.backward()
-        grads = {name: parameter.grad for name, parameter in model.module.named_parameters()}
+        for rows in update.micro_batches[rank]:
+            model(**collate([samples[row] for row in rows])).loss.backward()
+        ours.average()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert len({of_an_update._is_large(grad) for grad in grads.values()}) == 2
         torch.save(grads, f"{folder}/{rank}_{number}.pt")
-    # The wrapper goes while its group is there, and the ranks part together: otherwise one in ten runs hung at the end.
-    del model
-    distributed.barrier()
+    distributed.barrier()  # the ranks part together: a last collective of one that is gone fails
     distributed.destroy_process_group()
 
 

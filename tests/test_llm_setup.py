@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -161,9 +162,13 @@ def test_paths_become_flags_and_the_persons_flags_come_last(tmp_path: Path) -> N
     assert command[:3] == ["python", "-m", "llm_code.train"] and command[5:] == [*flags, "/o p"]
 
 
-def test_none_is_for_one_card(tmp_path: Path) -> None:
-    result = launch(tmp_path, 2, BAICHUAN_GPUS="0,1", DEEPSPEED_STAGE="none")
-    assert result.returncode == 2 and "DEEPSPEED_STAGE=none is for one card, BAICHUAN_GPUS names 2" in result.stderr
+def test_none_starts_a_process_for_each_card_of_one_machine(tmp_path: Path) -> None:
+    command = command_of(tmp_path, 4, BAICHUAN_GPUS="1,3", DEEPSPEED_STAGE="none")
+    start = "python -m finetune.launch torchrun --standalone --nproc_per_node 2 -m llm_code.train --train_args_file"
+    assert command[: len(start.split())] == start.split() and command[-2:] == ["--deepspeed", "none"]
+    (tmp_path / "hosts").write_text("worker-1 slots=2\n")
+    result = launch(tmp_path, 2, HOSTFILE=str(tmp_path / "hosts"), DEEPSPEED_STAGE="none")
+    assert result.returncode == 2 and "DEEPSPEED_STAGE=none is for the cards of one machine" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -221,8 +226,11 @@ def test_auto_says_what_it_chose_and_why(tmp_path: Path) -> None:
     settings = {"BAICHUAN_MODEL_DIR": str(model), "DEEPSPEED_STAGE": "auto"}
     two = launch(tmp_path, 2, BAICHUAN_GPUS="0,1", **settings)
     assert two.returncode == 0, two.stderr
-    assert "DEEPSPEED_STAGE=auto: 3 (" in two.stderr or "DEEPSPEED_STAGE=auto: 2 (" in two.stderr
+    assert "DEEPSPEED_STAGE=auto: none (" in two.stderr and "torchrun" in two.stdout
     assert "GiB on each A100-80G, about" in two.stderr and "3-offload would take" in two.stderr
+    (tmp_path / "hosts").write_text("worker-1 slots=2\nworker-2 slots=2\n")
+    four = launch(tmp_path, 2, HOSTFILE=str(tmp_path / "hosts"), **settings)
+    assert re.search(r"DEEPSPEED_STAGE=auto: [123] \(", four.stderr) and "none would take" not in four.stderr
     one = launch(tmp_path, 1, BAICHUAN_GPUS="0", **settings)
     assert "DEEPSPEED_STAGE=auto: none (" in one.stderr and " --deepspeed none" in one.stdout
 

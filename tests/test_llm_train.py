@@ -149,14 +149,14 @@ def reference(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory
     return output_dir
 
 
-def check_run(output_dir: Path, reference: Path, stage: str) -> None:
+def check_run(output_dir: Path, reference: Path, method: str) -> None:
     """Losses and gradients of the undisturbed run, the JSON's learning rate, one checkpoint, nothing left over."""
     found, expected = history(output_dir), history(reference)
     assert losses(output_dir) == pytest.approx(losses(reference), abs=1e-3)
     for step in range(1, UPDATES + 1):
         assert found[step]["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=0.02)
     report = json.loads((output_dir / "train_report.json").read_text(encoding="utf-8"))
-    assert report["status"] == "finished" and f"stage {stage}" in report["method"] and report["starts"] == 2
+    assert report["status"] == "finished" and report["method"].endswith(method) and report["starts"] == 2
     assert [path.name for path in output_dir.glob("checkpoint-*")] == [f"checkpoint-{UPDATES}"]
     assert not (output_dir / ".saving").exists()
 
@@ -290,6 +290,21 @@ def test_a_checkpoint_that_training_removes_while_it_is_copied_is_no_final(
         assert not list(tmp_path.iterdir())
 
 
+def test_two_ranks_without_deepspeed_stop_at_sigterm_saved_and_go_on(
+    settings: dict[str, str], reference: Path, tmp_path: Path
+) -> None:
+    output_dir = tmp_path / "out"
+    step = Step(output_dir, settings, "none", BAICHUAN_GPUS="0,1")
+    step.wait_for_update(2)
+    os.kill(run_step_of(step), signal.SIGTERM)
+    assert step.status() == 143, step.text()
+    assert "Traceback" not in step.text() and "different weights" not in step.text()
+    assert not processes_with(f"BAICHUAN_OUTPUT_DIR={output_dir}")
+    log = run(output_dir, settings, "auto", BAICHUAN_GPUS="0,1")
+    assert "auto: none (" in log and "was written with it" in log and "different weights" not in log
+    check_run(output_dir, reference, "without DeepSpeed")
+
+
 def test_stage_1_stops_at_sigterm_saved_and_goes_on(
     settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
 ) -> None:
@@ -305,7 +320,7 @@ def test_stage_1_stops_at_sigterm_saved_and_goes_on(
     assert len(saved) == 1 and int(saved[0].partition("-")[2]) < UPDATES
     log = run(output_dir, settings, "auto")
     assert f"auto: 1 ({output_dir / saved[0]} was written with it)" in log and f"{saved[0]}\n" in log
-    check_run(output_dir, reference, "1")
+    check_run(output_dir, reference, "stage 1")
 
 
 def run_step_of(step: Step) -> int:
@@ -331,7 +346,7 @@ def test_stage_2_ends_within_30_seconds_of_a_killed_rank(
     assert "was killed, perhaps for lack of main memory" in step.text()
     check_nothing_left(step)
     run(output_dir, settings, "2")
-    check_run(output_dir, reference, "2")
+    check_run(output_dir, reference, "stage 2")
 
 
 def test_stage_3_goes_on_with_another_number_of_ranks(
@@ -349,7 +364,7 @@ def test_stage_3_goes_on_with_another_number_of_ranks(
     one_rank = flags.replace("accumulation_steps 2", "accumulation_steps 4")
     log = run(output_dir, settings, "3", one_rank, BAICHUAN_GPUS="0")
     assert "it was written by 2 ranks, these are 1: rewriting it" in log
-    check_run(output_dir, reference, "3")
+    check_run(output_dir, reference, "stage 3")
     assert not list((output_dir / f"checkpoint-{UPDATES}").glob("*.safetensors"))
     check_same_weights(output_dir / "final", reference / "final")
     # the walkthrough's copying by hand, from a checkpoint that has no weights of its own
@@ -385,7 +400,7 @@ def test_stage_2_with_offloading(
     assert step.status() == 143, step.text()
     log = run(output_dir, settings, "2-offload", ON_ONE_RANK, BAICHUAN_GPUS="0")
     assert "it was written by 2 ranks, these are 1: rewriting it" in log
-    check_run(output_dir, reference, "2-offload")
+    check_run(output_dir, reference, "stage 2-offload")
 
 
 @pytest.mark.skipif(not SSHD or not shutil.which("ssh"), reason="openssh is not installed")
@@ -407,4 +422,4 @@ def test_stage_3_with_offloading_on_two_machines(
         assert step.status() == 143, step.text()
         check_nothing_left(step)
     run(output_dir, settings, "3-offload")
-    check_run(output_dir, reference, "3-offload")
+    check_run(output_dir, reference, "stage 3-offload")
