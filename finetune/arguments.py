@@ -112,7 +112,7 @@ class TrainArguments:
     bf16: bool = _option(False, "bfloat16 computation, also on a CPU")
     report_to: str = _option("none", "where curves go besides loss.png", choices=("none", "tensorboard"))
     dataloader_num_workers: int = _option(0, "not needed: rows are encoded once and stay in memory", at_least=0)
-    deepspeed: str | None = _option(None, "DeepSpeed configuration file (none = without DeepSpeed, on one card)")
+    deepspeed: str | None = _option(None, "DeepSpeed configuration file (none = without DeepSpeed)")
     local_rank: int = _option(-1, "set by launchers", at_least=-1)
 
 

@@ -38,6 +38,7 @@ class Project:
     largest_file_gb: float  # of the download
     outputs_gb: dict[str, float]  # by setting: what training and merge write
     environments: tuple[str, ...]
+    deepspeed_gb: float = 0  # of outputs_gb, what DEEPSPEED_STAGE=none spares
 
 
 class Need(NamedTuple):
@@ -70,6 +71,7 @@ BAICHUAN = Project(
     15.0,
     {"BAICHUAN_OUTPUT_DIR": 255.2},
     ("modelscope_env", "llm_env"),
+    150.2,
 )
 # One environment: torch 2.13 with CUDA's libraries and triton is 4.8 GB once installed, without them 0.8; all the other
 # packages of env/lock.txt together are 1.4 (measured with du).
@@ -204,8 +206,15 @@ def _check_disks(project: Project, too_little: str) -> list[Finding]:
         text = f"{place}: {free:.0f} GB free, {project.what} takes {need:.0f} GB more ({', '.join(keys)})"
         if free < need and least < need:
             text += f". KEEP_ORIGINAL=0 takes {need - least:.0f} GB less"
+        if free < need and _spared(project) and any(needs[key].later for key in project.outputs_gb if key in keys):
+            text += f". DEEPSPEED_STAGE=none takes {project.deepspeed_gb:.0f} GB less"
         found.append(("ok" if free >= need else too_little, "disk", text))
     return found
+
+
+def _spared(project: Project) -> float:
+    """GB that training without DeepSpeed would spare, 0 where that is set already."""
+    return 0 if os.environ.get("DEEPSPEED_STAGE") == "none" else project.deepspeed_gb
 
 
 def _highest(needs: list[Need]) -> float:
@@ -219,6 +228,7 @@ def _needs(project: Project, keeps: bool) -> dict[str, Need]:
     original, converted = _model_needs(project, keeps)
     needs = {"BASE_MODEL_DIR": original, project.model_dir: converted}
     for key, size in project.outputs_gb.items():
+        size -= project.deepspeed_gb - _spared(project)
         needs[key] = Need(later=0 if _has_files(_place(key)) else size)
     needs["ENVS_DIR"] = Need(stays=sum(_environment_gb(name) for name in project.environments))
     return {key: need for key, need in needs.items() if os.environ.get(key)}

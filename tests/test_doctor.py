@@ -152,6 +152,11 @@ def test_disk_for_project_2_is_a_line_of_its_own(tmp_path, monkeypatch, free, le
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
     found, subject, text = doctor.check_disks()[-1]
     assert (found, subject) == (level, "disk") and "project 2, Baichuan2-7B-Chat, takes 285 GB more" in text
+    assert text.endswith("DEEPSPEED_STAGE=none takes 150 GB less") == (level == "warn")
+    # 6 bytes a parameter in a checkpoint instead of 16
+    monkeypatch.setenv("DEEPSPEED_STAGE", "none")
+    found, _, text = doctor.check_disks()[-1]
+    assert found == "ok" and "takes 135 GB more" in text and "none takes" not in text
 
 
 def test_the_hub_is_asked_only_when_asked_to(monkeypatch):
