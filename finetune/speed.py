@@ -92,8 +92,9 @@ def full_update_seconds(
     parts = micro_batches(budget, tokens_per_card)
     computing = tokens_per_card / full_tokens_per_second(shape, gpu, filled(budget, tokens_per_card))
     weights = HALF_BYTES * shape.parameters
-    # Stage 3 gathers the weights forward and backward in every micro-batch, 1 and 2 reduce and gather once an update.
-    passes = {"n": 2.0, "1": 2.0, "2": 2.0 * parts, "3": 3.0 * parts}[stage[0]] if gpus > 1 else 0.0
+    # Once an update gradients are reduced and weights gathered, or gradients averaged; stage 2 reduces in every
+    # micro-batch, stage 3 also gathers the weights there, forward and backward.
+    passes = {"n": 2.0, "1": 2.0, "2": parts + 1.0, "3": 3.0 * parts}[stage[0]] if gpus > 1 else 0.0
     moving = passes * weights * (gpus - 1) / gpus / (gpu.link_gb_per_second * 1e9)
     if stage == "none":
         return computing + moving

@@ -97,3 +97,16 @@ def test_many_rows_of_more_than_half_the_budget_are_packed_at_once():
     lengths = [600 + index % 100 for index in range(20_000)]
     (update,) = plan_epoch(lengths, len(lengths), 2, 1024, seed=0, epoch=0)
     assert sorted(update.rows) == list(range(20_000)) and all(len(rows) == 1 for rows in update.micro_batches[0])
+
+
+def test_two_rows_of_half_the_budget_share_a_micro_batch():
+    (update,) = plan_epoch([4, 4], 2, 1, 8, 0, 0)
+    assert [len(steps) for steps in update.micro_batches] == [1]
+
+
+def test_no_rank_always_has_the_larger_micro_batch():
+    # Three steps of two ranks. Rows into the emptiest of six places: 8, 7, 6, 5, 4 + 1, 3 + 2. In turn, the larger of
+    # two goes to the first and to the second rank: 8 + 5 + 5 and 7 + 6 + 5.
+    lengths = [8, 7, 6, 5, 4, 3, 2, 1]
+    (update,) = plan_epoch(lengths, 8, 2, 8, 0, 0)
+    assert [sum(lengths[row] for rows in steps for row in rows) for steps in update.micro_batches] == [18, 18]

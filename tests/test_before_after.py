@@ -44,6 +44,16 @@ def test_differences_by_hand():
     assert gain.change == pytest.approx(0.01) and gain.test == "paired bootstrap" and verdict(gain) == "better"
 
 
+def test_each_interval_is_of_its_own_answers():
+    found = difference("test", graded([False] * 9 + [True]), graded([True] * 9 + [False]))
+    # The roots of (p - 0.1)^2 = z^2 p (1 - p) / 10, and the same from the other end.
+    assert found.before_95 == pytest.approx((0.017876, 0.404150), abs=1e-6)
+    assert found.after_95 == pytest.approx((1 - 0.404150, 1 - 0.017876), abs=1e-6)
+    low, high = graded([i / 1000 for i in range(30)]), graded([0.9 + i / 1000 for i in range(30)])
+    found = difference("bleu", low, high)
+    assert 0 < found.before_95[0] < found.before_95[1] < 0.03 and 0.9 < found.after_95[0] < found.after_95[1] < 0.93
+
+
 def test_a_difference_below_what_is_shown_is_none():
     found = difference("BLEU", graded([1e-80] * 40), graded([0.0] * 40))
     assert found.p == 1 and verdict(found) == "no difference beyond chance"
@@ -116,6 +126,8 @@ def test_records_that_do_not_fit_are_refused(tmp_path):
         check_same_rows(graded([True] * 2), graded([True] * 3), "test")
     with pytest.raises(UserError, match="found 2 and 2 that differ"):
         check_same_rows(graded([True] * 2), graded([0.5] * 2), "test")
+    with pytest.raises(UserError, match="found 2 and 2 that differ"):
+        check_same_rows(graded([True] * 2), [record | {"gold": "错"} for record in graded([True] * 2)], "test")
     check_same_rows([{"row": 0, "prompt": "第0问", "gold": "对"}], graded([True]), "test")
     for text in ("", "{}\n", "nothing\n", "3\n"):
         (tmp_path / "records.jsonl").write_text(text)

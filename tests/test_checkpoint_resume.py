@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -240,3 +241,12 @@ def test_a_converted_file_that_was_cut_is_converted_again(tmp_path, source):
     whole = first.read_bytes()
     first.write_bytes(whole[:1000])
     assert (convert_checkpoint(source, tmp_path / "qwen") / first.name).read_bytes() == whole
+
+
+def test_the_manifest_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut leaves the old one or the new one, whole; and its name is not lost once it is relied upon."""
+    done, replace = [], Path.replace
+    monkeypatch.setattr(os, "fsync", lambda opened: done.append(Path(os.readlink(f"/proc/self/fd/{opened}")).name))
+    monkeypatch.setattr(Path, "replace", lambda path, target: done.append("renamed") or replace(path, target))
+    manifest.save(manifest.Manifest("qwen1", {}, {}, []), tmp_path)
+    assert done == ["conversion_manifest.tmp", "renamed", tmp_path.name]

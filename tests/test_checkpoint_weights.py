@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from finetune.checkpoint import weights
 from finetune.checkpoint.convert import convert_checkpoint
 from tests.reference_baichuan2 import baichuan2_logits
 from tests.reference_qwen1 import qwen1_logits, read_state
@@ -75,3 +76,9 @@ def test_a_source_file_stays_until_all_of_it_is_converted(tmp_path, tiny_qwen_or
     found, expected = (AutoModelForCausalLM.from_pretrained(one).state_dict() for one in (target, tiny_qwen))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert len(list(target.glob("*.safetensors"))) > 3 and not list(source.glob("*.safetensors"))
+
+
+def test_rows_are_normalized_in_every_block(monkeypatch):
+    monkeypatch.setattr(weights, "ROWS_AT_ONCE", 4)
+    rows = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(weights.normalized(rows), rows / rows.square().sum(1, keepdim=True).sqrt())

@@ -9,6 +9,7 @@ from finetune.errors import UserError
 from finetune.rows import Row, Turn
 
 RANKS = Path(__file__).parent / "tiny" / "qwen.tiktoken"
+QUESTION, ANSWER = -6, -2  # places of the last turn's texts in qwen_parts
 TWO_TURNS = Row(7, (Turn("你好", "你好！"), Turn("今天天气怎么样？", "很好，适合散步。")))
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|/head|>\n\n{{ m['content'] | trim }}<|end|>"
@@ -207,13 +208,14 @@ def test_oldest_turns_go_first_and_the_system_text_stays(qwen, tiktoken_encode):
     assert (sample.input_ids, sample.labels) == (ids, labels)
 
 
-def test_a_long_question_loses_its_beginning(qwen, tiktoken_encode):
+@pytest.mark.parametrize("system", [None, "你是助手。" * 5], ids=["the template's system text", "its own"])
+def test_a_long_question_loses_its_beginning(qwen, tiktoken_encode, system):
     question = "".join(chr(0x4E00 + i) for i in range(200))
-    parts = qwen_parts(tiktoken_encode, "You are a helpful assistant.", [(question, "相同")])
+    parts = qwen_parts(tiktoken_encode, system or "You are a helpful assistant.", [(question, "相同")])
     (question_at,) = [i for i, (ids, _) in enumerate(parts) if ids == tiktoken_encode(question)]
     parts[question_at] = (parts[question_at][0][50:], False)
     ids, labels = assemble(parts)
-    sample = encode_row(qwen, Row(1, (Turn(question, "相同"),)), len(ids))
+    sample = encode_row(qwen, Row(1, (Turn(question, "相同"),), system), len(ids))
     assert (sample.input_ids, sample.labels) == (ids, labels)
 
 
@@ -222,8 +224,31 @@ def test_a_long_answer_loses_its_end_and_its_end_token(qwen):
     assert len(sample.input_ids) == 100
     answer = [i for i, label in enumerate(sample.labels) if label != -100][-1]
     assert answer == 99 and sample.input_ids[-1] != 2050
-    # A quarter of the room is left to the question, whatever the answer's length.
-    assert qwen.decode(sample.input_ids).count("问") >= 5
+
+
+def test_a_question_keeps_a_quarter_of_the_room_whatever_its_answers_length(qwen, tiktoken_encode):
+    parts = qwen_parts(tiktoken_encode, "You are a helpful assistant.", [("问" * 100, "答" * 500)])
+    room = 100 - sum(len(ids) for ids, _ in [*parts[:QUESTION], *parts[QUESTION + 1 : ANSWER], *parts[ANSWER + 1 :]])
+    parts[QUESTION] = (parts[QUESTION][0][-(room // 4) :], False)
+    ids, labels = assemble(parts)
+    sample = encode_row(qwen, Row(1, (Turn("问" * 100, "答" * 500),)), 100)
+    assert (sample.input_ids, sample.labels) == (ids[:100], labels[:100])
+
+
+def test_a_row_stays_when_the_first_token_of_its_answer_fits(qwen, tiktoken_encode):
+    row = Row(1, (Turn("问", "答" * 50),))
+    parts = qwen_parts(tiktoken_encode, "You are a helpful assistant.", [("问", "答" * 50)])
+    parts[QUESTION] = ([], False)  # no room is left to it
+    ids, labels = assemble(parts)
+    first = sum(len(part) for part, _ in parts[:ANSWER])
+    assert encode_row(qwen, row, first) is None
+    sample = encode_row(qwen, row, first + 1)
+    assert (sample.input_ids, sample.labels) == (ids[: first + 1], labels[: first + 1])
+
+
+def test_a_row_that_lost_only_the_end_of_its_answer_counts_as_cut(qwen):
+    samples, report = encode_rows(qwen, [Row(1, (Turn("问", "答" * 500),))], 100)
+    assert (len(samples), report.num_cut, report.num_dropped) == (1, 1, 0)
 
 
 @pytest.mark.parametrize("limit", range(1, 120, 7))

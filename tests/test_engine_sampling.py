@@ -313,3 +313,23 @@ def test_the_tables_of_a_slot_are_those_of_its_own_request():
         slots.join(0, 0, prompt, SamplingParams(repetition_penalty=2.0, logit_bias=bias), 0)
     assert slots.bias[0].tolist() == [0, 0, 0, 0, 10]
     assert slots.in_prompt[0].tolist() == [False, False, True, False, False]
+
+
+def test_a_plain_request_beside_a_biased_one_has_nothing_of_the_bias_before_it():
+    slots = Slots(2, 5, 0, torch.device("cpu"))
+    before, plain, biased = greedy(logit_bias={3: 50}), greedy(), greedy(logit_bias={4: 50})
+    for slot, params in ((0, before), (0, plain), (1, biased)):
+        slots.join(slot, 0, [1], params, 0)
+    logits = torch.tensor([[1.0, 0, 0, 0, 0]] * 2)
+    assert sample(logits, torch.arange(2), Needs.of([plain, biased]), slots, NO_ENDS).tokens.tolist() == [0, 4]
+
+
+def test_an_end_that_min_tokens_forbids_keeps_its_log_probability():
+    """The model's own scores are told, whatever forbids a token."""
+    params = greedy(min_tokens=5, logprobs=2)
+    logits, ends = torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([1])
+    found = sample(logits, torch.arange(1), Needs.of([params]), slots_for([params], 3), ends)
+    total = math.log(math.exp(1) + math.exp(3) + math.exp(0))
+    assert (found.tokens.tolist(), found.alternatives.tolist()) == ([0], [[1, 0]])
+    assert found.logprobs.tolist() == pytest.approx([1 - total], abs=1e-6)
+    assert found.alternative_logprobs[0].tolist() == pytest.approx([3 - total, 1 - total], abs=1e-6)

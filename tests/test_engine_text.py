@@ -66,6 +66,7 @@ def test_a_beginning_of_a_stop_string_is_held_back_until_it_is_told():
 def test_no_stop_string_ends_an_answer_before_min_tokens():
     assert run(["a", "S", "b", "S", "c"], ["S"], min_tokens=3)[1:] == ("aSb", "S")
     assert run(["a", "S", "b"], ["S"], min_tokens=4)[1:] == ("aSb", None)
+    assert run(["a", "S", "b"], ["S"], min_tokens=2)[1:] == ("a", "S")  # the second token may
 
 
 def test_streams_of_random_tokens_are_the_text_before_the_first_stop_string():

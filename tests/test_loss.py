@@ -1,11 +1,13 @@
 """The chunked loss against torch's cross-entropy on full logits: value and every gradient."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch.nn import functional
 
+from finetune import loss as losses
 from finetune.attention import enable_padding_free_attention
 from finetune.batching import collate
 from finetune.errors import UserError
@@ -37,13 +39,26 @@ def test_value_and_gradients_equal_the_plain_formula(normalize, chunk_rows):
         torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_normalized_rows_of_zeros_follow_torch():
+@pytest.mark.parametrize("factor", [0, 1e-14])
+def test_normalized_rows_of_next_to_nothing_follow_torch(factor):
+    """They are divided by a constant, not by their norm, which then has no gradient."""
     hidden, weight, targets = random_head(9)
     with torch.no_grad():
-        weight[targets[0]] = 0
+        weight[targets[0]] *= factor
     wanted = torch.autograd.grad(plain(hidden, weight, targets, True), weight)[0]
     grad = torch.autograd.grad(summed_cross_entropy(hidden, weight, targets, 4, True), weight)[0]
     torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_are_of_equal_size(monkeypatch):
+    """Not 4, 4 and 1: the whole head would be read for one row."""
+    sizes, cross_entropy = [], losses._cross_entropy_
+    monkeypatch.setattr(
+        losses, "_cross_entropy_", lambda logits, targets: sizes.append(len(targets)) or cross_entropy(logits, targets)
+    )
+    hidden, weight, targets = random_head(9)
+    summed_cross_entropy(hidden, weight, targets, chunk_rows=4)
+    assert sizes == [3, 3, 3]
 
 
 def test_huge_logits_do_not_overflow():
@@ -64,6 +79,15 @@ def test_bfloat16_head_has_a_float32_loss():
     for grad, wanted in zip(grads, torch.autograd.grad(exact, [hidden, weight]), strict=True):
         assert grad.dtype == torch.bfloat16
         assert (grad - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_norms_of_a_bfloat16_head_are_float32():
+    weight = torch.tensor([[1.0, 1, 1], [1, 0, 0]], dtype=torch.bfloat16)
+    loss = summed_cross_entropy(
+        torch.tensor([[4.0, 4, 4]], dtype=torch.bfloat16), weight, torch.tensor([1]), normalize=True
+    )
+    # Logits 12 / sqrt(3) and 4. In bfloat16 1 / sqrt(3) is off by 0.04 %.
+    assert loss.item() == pytest.approx(math.log(math.exp(12 / math.sqrt(3)) + math.exp(4)) - 4, abs=1e-4)
 
 
 def test_autocast_computes_in_its_dtype_and_returns_the_parameters_dtype():

@@ -40,3 +40,17 @@ def test_a_finished_batch_is_in_the_file_at_once(tmp_path):
     partial.append(0, [[0, "a"]])
     assert len((tmp_path / "partial.jsonl").read_bytes().splitlines()) == 2
     partial.close()
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out_and_written_again(tmp_path):
+    path = tmp_path / "partial.jsonl"
+    killed = PartialResults(path, FULL)
+    killed.append(0, [[0, "a"]])
+    killed.close()
+    with open(path, "ab") as stream:
+        stream.write(b'{"batch": 1, "resu')
+    resumed = PartialResults(path, FULL)
+    assert resumed.batches == {0: [[0, "a"]]}
+    resumed.append(1, [[1, "b"]])
+    resumed.close()
+    assert opened(path, FULL) == {0: [[0, "a"]], 1: [[1, "b"]]}

@@ -29,9 +29,11 @@ def test_what_16_bits_hold_exactly_stays(value, dtype):
     assert (copy_stochastic_(torch.empty(1000, dtype=dtype), torch.full((1000,), value)) == value).all()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001], ids=hex)  # the usual, the largest, the smallest
 @pytest.mark.parametrize("dtype", LAST_PLACE)
-def test_not_a_number_stays_one(dtype):
-    assert copy_stochastic_(torch.empty(100, dtype=dtype), torch.full((100,), float("nan"))).isnan().all()
+def test_not_a_number_stays_one(dtype, bits):
+    source = torch.full((100,), bits, dtype=torch.int32).view(torch.float32)
+    assert copy_stochastic_(torch.empty(100, dtype=dtype), source).isnan().all()
 
 
 def test_wider_targets_are_copied():

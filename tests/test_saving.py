@@ -247,6 +247,11 @@ def test_a_containers_pages_of_files_are_free(tmp_path):
     assert saving._container_limit(tmp_path) == 2**63
 
 
+def test_a_containers_limit_bounds_the_machines_free_memory(monkeypatch):
+    monkeypatch.setattr(saving, "_container_limit", lambda: 5)
+    assert saving.free_host_memory() == 5
+
+
 def test_a_folder_is_on_the_disk_before_it_is_marked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power cut at any moment leaves no complete marker beside files that were never written."""
     written, done, rename = tmp_path / ".saving" / "checkpoint-1", [], os.rename
