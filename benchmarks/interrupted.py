@@ -4,8 +4,8 @@
     python -m benchmarks.interrupted FOLDER --size tiny    # the same on two ranks of a CPU
 
 Three trainings, started as llm_code/train_ft.sh starts them: one undisturbed; one that gets SIGTERM, as from
-`make stop`, after --stop_after updates; and its second half on one rank, whose checkpoint DeepSpeed rewrites first.
-FOLDER holds model, rows, logs, the checkpoint and its rewritten form: 26 bytes a parameter (layers: 21 GB).
+`make stop`, after --stop_after updates; and its second half on one rank, to which the checkpoint is dealt out anew.
+FOLDER holds model, rows, logs, a checkpoint and final/: 20 bytes a parameter (layers: 16 GB).
 """
 
 import argparse
@@ -51,7 +51,8 @@ def train(run: Run, folder: Path, output: str, stopper: Stopper | None = None) -
     """One training into folder/output; its report. Raises UserError when it ends otherwise than it should."""
     output_dir = folder / output
     rows = write_rows(folder / "rows", run.model, run.rows, UPDATES_AN_EPOCH * run.rows.per_update)
-    flags = training_flags(run, str(model_dir(folder, run.model)), str(rows), str(output_dir)) + list(SAVING)
+    flags = training_flags(run, str(model_dir(folder, run.model)), str(rows), str(output_dir))
+    flags += SAVING if stopper else ()  # the others are only looked at for their losses
     log = folder / "logs" / f"{output}-{run.gpus}.log"
     ended = execute(command_of(run, flags), log, LIMIT_S, environment_of(run), stopper)
     expected = STOPPED if stopper else 0
@@ -101,7 +102,7 @@ def page(found: dict[str, Any]) -> str:
     text = (
         f"{found['run']} of {found['model']}, {found['device']}: SIGTERM saved {saved} after update {number}, "
         f"{found['seconds_from_sigterm_to_end']:.0f} s from the signal to the end. One rank did the rest in "
-        f"{found['seconds_of_the_rest']:.0f} s, start and rewriting included. Losses differ by at most {apart[0]:.1e} "
+        f"{found['seconds_of_the_rest']:.0f} s, start and reading the states included. Losses differ by at most {apart[0]:.1e} "
         f"until then, {apart[1]:.1e} afterwards."
     )
     rows = [(str(step), f"{a:.4f}", f"{b:.4f}") for step, (a, b) in enumerate(pairs, 1)]

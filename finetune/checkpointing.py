@@ -16,14 +16,8 @@ from transformers import Trainer
 from finetune import saving
 from finetune.checkpoint.manifest import MAX_SHARD_BYTES
 from finetune.errors import UserError
-from finetune.zero import (
-    UNIVERSAL,
-    end_reading,
-    make_universal,
-    repair_universal,
-    show_reading,
-    weights_from_zero,
-)
+from finetune.universal import UNIVERSAL, end_reading, make_universal, repair_universal, show_reading
+from finetune.zero import weights_from_zero
 
 if TYPE_CHECKING:
     from finetune.conversation import Sample
@@ -196,7 +190,7 @@ class CheckpointingTrainer(Trainer, ABC):
         scheduler._last_lr = [group["lr"] for group in groups]
 
     def _after_universal(self, checkpoint: Path) -> None:
-        """What DeepSpeed leaves out; then the rewritten checkpoint is removed."""
+        """What DeepSpeed leaves out; then that index is removed."""
         end_reading()
         decays = (self.args.weight_decay, 0.0) if self._zero_stage == 3 else ()
         repair_universal(self.deepspeed.optimizer.optimizer, decays)
@@ -225,15 +219,15 @@ class CheckpointingTrainer(Trainer, ABC):
         return str(checkpoint)
 
     def _for_these_ranks(self, checkpoint: Path, ranks: int) -> Path:
-        """DeepSpeed cuts its states by ranks: rewrite a checkpoint of another number into its universal form.
+        """DeepSpeed cuts its states by ranks: a checkpoint of another number gets an index in the universal form.
 
         That form refers to the checkpoint's files, which the ranks read when the training starts.
         """
         target = saving.aside_dir(self.args.output_dir) / f"universal-{checkpoint.name}"
         if self.args.should_save:
             nbytes = make_universal(checkpoint, target)
-            size = f"{nbytes / 1e9:.1f} GB of states"
-            self._say(f"it was written by {ranks} ranks, these are {self.args.world_size}: rewriting its index, {size}")
+            size = f"its states, {nbytes / 1e9:.1f} GB, are dealt out anew"
+            self._say(f"it was written by {ranks} ranks, these are {self.args.world_size}: {size}")
             # A rank of stage 3 reads all of them, one of the others its own part.
             show_reading(nbytes / (1 if self._zero_stage == 3 else self.args.world_size))
         self._barrier()

@@ -21,7 +21,7 @@ from finetune.speed import (
     layers_allowed,
     micro_batches,
 )
-from finetune.zero import check_final_weights, join_group, stage_of
+from finetune.zero import check_final_weights, gather_whole_layers, join_group, stage_of
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,8 @@ def _load(
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation=PADDING_FREE, **place)
     enable_chunked_loss(model, normalize_head=norm_head)
     apply_liger(model)
+    if stage.startswith("3"):
+        gather_whole_layers(model)
     if stage == "none":
         accumulate_in_products(model)
         attach_recipes(model)

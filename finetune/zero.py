@@ -6,10 +6,6 @@ A stage is called as in the plan: none, 1, 2, 3, 2-offload, 3-offload. DeepSpeed
 import contextlib
 import io
 import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +16,8 @@ from finetune.memory import STAGES
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
-UNIVERSAL = "latest_universal"  # the file by which DeepSpeed finds a universal checkpoint
 # The training JSON decides these; a block of DeepSpeed's would silently win over it.
 DECIDED_ELSEWHERE = ("optimizer", "scheduler")
 
@@ -77,6 +73,17 @@ def join_group() -> None:
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
 
 
+def gather_whole_layers(model: "PreTrainedModel") -> None:
+    """Have stage 3 gather a decoder layer as a whole: one transfer and one set of hooks, not one for each matrix.
+
+    The hooks are Python, and a card waits for them where its kernels are short. `model` has its layers in
+    `.model.layers`; to be called before DeepSpeed wraps it.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [type(model.model.layers[0])])
+
+
 def parameter_count(parameter: "nn.Parameter") -> int:
     """Numbers in a parameter; ZeRO-3 leaves an empty tensor of it and notes the size."""
     return getattr(parameter, "ds_numel", parameter.numel())
@@ -87,53 +94,21 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
-def make_universal(checkpoint: Path, target: Path) -> None:
-    """Write `target`, a checkpoint that any number of ranks can load, beside what transformers itself needs of it.
-
-    Raises UserError when DeepSpeed cannot rewrite it.
-    """
-    step = _step_folder(checkpoint)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(step), "--output_folder", str(target / step.name)]
-    target.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(
-            f"{checkpoint} was written by another number of ranks and cannot be rewritten ({why}). "
-            "Go on with as many cards as before, or name another --output_dir."
-        )
-    for name in ("trainer_state.json", "scheduler.pt"):
-        shutil.copyfile(checkpoint / name, target / name)
-    (target / UNIVERSAL).write_text(step.name)
-
-
-def repair_universal(optimizer: "torch.optim.Optimizer", weight_decays: Sequence[float]) -> None:
-    """Undo what stage 3 does wrong when it loads a universal checkpoint (DeepSpeed 0.19.8).
-
-    It gives all groups one and the same step counter, which then counts once a group, and the first group's decay.
-    """
-    for state in optimizer.state.values():
-        if hasattr(state.get("step"), "clone"):
-            state["step"] = state["step"].clone()
-    for group, decay in zip(optimizer.param_groups, weight_decays, strict=False):
-        group["weight_decay"] = decay
-
-
 def weights_from_zero(checkpoint: Path, target: Path, dtype: "torch.dtype") -> None:
     """Put together the weights of a checkpoint whose ranks saved their parts alone, as safetensors files of `dtype`."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
 
     from finetune.checkpoint.manifest import MAX_SHARD_BYTES
 
-    step = _step_folder(checkpoint)
+    step = step_folder(checkpoint)
     with contextlib.redirect_stdout(io.StringIO()):
         convert_zero_checkpoint_to_state_dict(
             str(checkpoint), str(target), dtype, MAX_SHARD_BYTES, safe_serialization=True, tag=step.name
         )
 
 
-def _step_folder(checkpoint: Path) -> Path:
+def step_folder(checkpoint: Path) -> Path:
+    """The folder of DeepSpeed's states in a checkpoint. Raises UserError where there is none."""
     found = sorted(checkpoint.glob("global_step*"))
     if not found:
         raise UserError(f"{checkpoint}: expected DeepSpeed's states (global_step...), found none.")

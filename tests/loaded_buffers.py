@@ -1,4 +1,4 @@
-"""Load a model as training does and print its buffers as JSON: name -> dtype, values (for tests/test_zero_loading.py).
+"""Load a model as training does and print its buffers as JSON: name -> dtype, values (for tests/test_zero.py).
 
 python -m deepspeed.launcher.runner --num_gpus 1 --no_local_rank --module tests.loaded_buffers FLAGS OF TRAINING
 """

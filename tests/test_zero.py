@@ -1,13 +1,39 @@
-"""What ZeRO-3 makes of a model while it is loaded, beside the arithmetic."""
+"""Stage 3: whole layers are gathered, with shipped sizes that suit it; loading rounds nothing but the weights."""
 
 import json
 import socket
 import subprocess
 import sys
 
+import pytest
 import torch
 
+from benchmarks.random_model import SHAPES
+from finetune.memory import LIVE_PARAMETERS
+from finetune.zero import gather_whole_layers, read_zero_config
 from tests.conftest import OUTPUT, REPOSITORY
+from tests.tiny.native import tiny_native
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_layer_is_gathered_as_a_whole_and_nothing_else(kind: str) -> None:
+    from deepspeed.utils import get_z3_leaf_modules
+
+    model = tiny_native(kind)
+    gather_whole_layers(model)
+    assert get_z3_leaf_modules(model) == list(model.model.layers)
+
+
+@pytest.mark.parametrize("stage", ["3", "3_offload"])
+def test_the_shipped_files_fetch_the_next_layer_of_a_7b_while_one_computes(stage: str) -> None:
+    """With less the rest of it would be fetched when it is needed, and the card would wait for it."""
+    zero = read_zero_config(f"llm_code/deepspeed_config/deepspeed_stage_{stage}_config.json")["zero_optimization"]
+    shape = SHAPES["baichuan2-7b"]
+    layer, last = shape.projection_parameters // shape.layers, shape.feed_forward * shape.hidden
+    # DeepSpeed adds matrices until it has this many numbers.
+    assert layer - last < zero["stage3_prefetch_bucket_size"] <= layer
+    head = shape.vocabulary * shape.hidden
+    assert 2 * layer + head < zero["stage3_max_live_parameters"] == LIVE_PARAMETERS
 
 
 def test_rotary_frequencies_keep_32_bits(tiny_baichuan, tmp_path):
