@@ -102,7 +102,7 @@ def page(found: dict[str, Any]) -> str:
     text = (
         f"{found['run']} of {found['model']}, {found['device']}: SIGTERM saved {saved} after update {number}, "
         f"{found['seconds_from_sigterm_to_end']:.0f} s from the signal to the end. One rank did the rest in "
-        f"{found['seconds_of_the_rest']:.0f} s, start and reading the states included. Losses differ by at most {apart[0]:.1e} "
+        f"{found['seconds_of_the_rest']:.0f} s, start included. Losses differ by at most {apart[0]:.1e} "
         f"until then, {apart[1]:.1e} afterwards."
     )
     rows = [(str(step), f"{a:.4f}", f"{b:.4f}") for step, (a, b) in enumerate(pairs, 1)]
