@@ -131,8 +131,9 @@ def full_option(shape: Shape, gpu: Gpu, gpus: int, stage: str, train: TrainArgum
 
 
 def full_options(shape: Shape, gpu: Gpu, gpus: int, train: TrainArguments, work: Workload) -> list[Option]:
-    """Every way on so many cards: 1 to 3 on several, the others on any number."""
-    stages = [stage for stage in STAGES if gpus > 1 or stage not in ("1", "2", "3")]
+    """Every way on so many cards: 1 to 3 on several, none where the card has bfloat16, offloading always."""
+    left_out = (() if gpus > 1 else ("1", "2", "3")) + (() if gpu.has_bf16 else ("none",))
+    stages = [stage for stage in STAGES if stage not in left_out]
     return [full_option(shape, gpu, gpus, stage, train, work) for stage in stages]
 
 

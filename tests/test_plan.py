@@ -226,6 +226,9 @@ def test_two_a100s_need_stage_2_or_3_or_16_bits_and_one_card_holds_a_7b() -> Non
     assert work.updates == 2 * 805
     alone = plan_options.choose(plan_options.full_options(BAICHUAN, a100, 1, TRAIN, work))
     assert alone.name == "none"
+    # Without DeepSpeed weights are trained in bfloat16, which a V100 has not.
+    v100s = plan_options.full_options(BAICHUAN, named_gpu("V100-32G"), 2, TRAIN, work)
+    assert [option.name for option in v100s] == ["1", "2", "3", "2-offload", "3-offload"]
     small = plan_options.full_options(BAICHUAN, named_gpu("4090"), 1, TRAIN, work)
     assert next(option for option in small if option.name == "none").budget is None
 
