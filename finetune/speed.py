@@ -34,6 +34,7 @@ HOST_LINK_BYTES = 20e9  # bytes/s between a card and main memory, PCIe 4 x16
 # Parameters/s of the CPU's Adam. DeepSpeed's ZeRO-Offload tutorial: a step of 3 B takes 2.4 s on a host of 128 cores.
 HOST_ADAM_PARAMETERS = 2e9
 # What an update takes beyond arithmetic, in seconds for each 1e9 parameters: two H200, 7.5 B, one micro-batch each.
+# Stage 3's is of when it gathered single matrices; whole layers, as now, are to be measured.
 ZERO_SECONDS = {"1": 0.020, "2": 0.023, "3": 0.085}
 UPDATES_DIFFER = 1.12  # an update of 64 short rows holds up to this share of the mean, nine times of ten
 MOST_PARTS = 8
