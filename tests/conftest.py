@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ for number in (signal.SIGINT, signal.SIGHUP):
 for key in [*read_example(), "BG", "DRY_RUN", "STEP", "MAKEFLAGS", "MAKELEVEL"]:
     if key != "CUDA_VISIBLE_DEVICES":
         os.environ.pop(key, None)
+
+
+@pytest.fixture(scope="session")
+def deepspeed_kernels() -> None:
+    """DeepSpeed's CPU kernels, built; scripts/test.sh has begun that in the background."""
+    subprocess.run(["bash", "scripts/prebuild_deepspeed.sh", sys.executable], cwd=REPOSITORY, check=True)
 
 
 @pytest.fixture

@@ -33,12 +33,6 @@ ON_ONE_RANK = FLAGS.replace("accumulation_steps 2", "accumulation_steps 4")
 
 
 @pytest.fixture(scope="module")
-def deepspeed_kernels() -> None:
-    """DeepSpeed's CPU kernels, built; scripts/test.sh has begun that in the background."""
-    subprocess.run(["bash", "scripts/prebuild_deepspeed.sh", sys.executable], cwd=REPOSITORY, check=True)
-
-
-@pytest.fixture(scope="module")
 def settings(tiny_baichuan: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a step: llm_env is the Python of the tests."""
     folder = tmp_path_factory.mktemp("llm")

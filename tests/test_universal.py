@@ -57,7 +57,7 @@ def run_rank(rank: int, folder: str, port: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, deepspeed_kernels: None) -> Path:
     """A folder with the checkpoint of two ranks for each stage."""
     folder = tmp_path_factory.mktemp("checkpoints")
     with socket.create_server(("127.0.0.1", 0)) as probe:

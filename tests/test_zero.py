@@ -36,7 +36,7 @@ def test_the_shipped_files_fetch_the_next_layer_of_a_7b_while_one_computes(stage
     assert 2 * layer + head < zero["stage3_max_live_parameters"] == LIVE_PARAMETERS
 
 
-def test_rotary_frequencies_keep_32_bits(tiny_baichuan, tmp_path):
+def test_rotary_frequencies_keep_32_bits(tiny_baichuan, tmp_path, deepspeed_kernels):
     """DeepSpeed makes what is built in its context 16-bit; transformers before 5.23 lets it do so to these too."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
