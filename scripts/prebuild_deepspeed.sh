@@ -12,7 +12,15 @@ mkdir -p "$extensions"
 exec 9>"$extensions/prebuild.lock"
 flock 9
 
-built() { compgen -G "$extensions/*/$1/$1.so" >/dev/null || compgen -G "$extensions/$1/$1.so" >/dev/null; }
+# Whether a kernel is there and made of this environment's sources: DeepSpeed would build another one's again.
+packages="$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+built() {
+  local folder
+  for folder in "$extensions"/{,*/}"$1"; do
+    if [[ -f "$folder/$1.so" ]] && grep -qF "$packages/" "$folder/build.ninja"; then return 0; fi
+  done
+  return 1
+}
 if built deepspeed_shm_comm && built cpu_adam; then exit 0; fi
 # What a killed build left would make torch wait for it for ever.
 rm -f "$extensions"/{,*/}{deepspeed_shm_comm,cpu_adam}/lock
