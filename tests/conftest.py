@@ -35,9 +35,13 @@ for key in [*read_example(), "BG", "DRY_RUN", "STEP", "MAKEFLAGS", "MAKELEVEL"]:
 
 
 @pytest.fixture(scope="session")
-def deepspeed_kernels() -> None:
-    """DeepSpeed's CPU kernels, built; scripts/test.sh has begun that in the background."""
+def deepspeed_kernels() -> dict[str, str]:
+    """DeepSpeed's CPU kernels, built; scripts/test.sh has begun that in the background.
+
+    The value is an environment that finds the same ninja, as steps have it: another version would build them again.
+    """
     subprocess.run(["bash", "scripts/prebuild_deepspeed.sh", sys.executable], cwd=REPOSITORY, check=True)
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 @pytest.fixture

@@ -300,7 +300,7 @@ def test_two_ranks_without_deepspeed_stop_at_sigterm_saved_and_go_on(
 
 
 def test_stage_1_stops_at_sigterm_saved_and_goes_on(
-    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
+    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: dict[str, str]
 ) -> None:
     output_dir = tmp_path / "out"
     step = Step(output_dir, settings, "1")
@@ -328,7 +328,7 @@ def run_step_of(step: Step) -> int:
 
 
 def test_stage_2_ends_within_30_seconds_of_a_killed_rank(
-    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
+    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: dict[str, str]
 ) -> None:
     output_dir = tmp_path / "out"
     step = Step(output_dir, settings, "2")
@@ -344,7 +344,7 @@ def test_stage_2_ends_within_30_seconds_of_a_killed_rank(
 
 
 def test_stage_3_goes_on_with_another_number_of_ranks(
-    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
+    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: dict[str, str]
 ) -> None:
     """Also without 16-bit gathering: final/ is put together from the states of the ranks."""
     output_dir, config = tmp_path / "out", tmp_path / "stage_3.json"
@@ -385,7 +385,7 @@ def check_same_weights(folder: Path, other: Path, atol: float = 2e-4) -> None:
 
 
 def test_stage_2_with_offloading(
-    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
+    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: dict[str, str]
 ) -> None:
     output_dir = tmp_path / "out"
     step = Step(output_dir, settings, "2-offload")
@@ -399,7 +399,7 @@ def test_stage_2_with_offloading(
 
 @pytest.mark.skipif(not SSHD or not shutil.which("ssh"), reason="openssh is not installed")
 def test_stage_3_with_offloading_on_two_machines(
-    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: None
+    settings: dict[str, str], reference: Path, tmp_path: Path, deepspeed_kernels: dict[str, str]
 ) -> None:
     """HOSTFILE with one rank on each of two machines; stopped, then gone on with on this machine alone."""
     output_dir = tmp_path / "out"

@@ -29,10 +29,10 @@ def build() -> tuple[nn.Module, list[dict[str, Any]]]:
     return model, [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def run_rank(rank: int, folder: str, port: int) -> None:
+def run_rank(rank: int, folder: str, port: int, path: str) -> None:
     """Two updates with each stage, saved."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PATH": path}
     torch.set_num_threads(1)
     zero.join_group()
     import deepspeed
@@ -57,12 +57,12 @@ def run_rank(rank: int, folder: str, port: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, deepspeed_kernels: None) -> Path:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, deepspeed_kernels: dict[str, str]) -> Path:
     """A folder with the checkpoint of two ranks for each stage."""
     folder = tmp_path_factory.mktemp("checkpoints")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (str(folder), port), WORLD_SIZE)
+    torch.multiprocessing.spawn(run_rank, (str(folder), port, deepspeed_kernels["PATH"]), WORLD_SIZE)
     for stage in STAGES:
         for name in ("trainer_state.json", "scheduler.pt"):  # transformers' own
             (folder / str(stage) / name).write_text("{}")

@@ -46,7 +46,9 @@ def test_rotary_frequencies_keep_32_bits(tiny_baichuan, tmp_path, deepspeed_kern
     flags = "--train_args_file llm_code/training_config/baichuan2_config.json --bf16 true --train_file none".split()
     flags += ["--deepspeed", "llm_code/deepspeed_config/deepspeed_stage_3_config.json"]
     flags += ["--model_name_or_path", str(tiny_baichuan), "--output_dir", str(tmp_path)]
-    done = subprocess.run([sys.executable, *launcher, "tests.loaded_buffers", *flags], cwd=REPOSITORY, **OUTPUT)
+    done = subprocess.run(
+        [sys.executable, *launcher, "tests.loaded_buffers", *flags], cwd=REPOSITORY, env=deepspeed_kernels, **OUTPUT
+    )
     assert done.returncode == 0, done.stderr
     buffers = json.loads(done.stdout.splitlines()[-1])
     config = json.loads((tiny_baichuan / "config.json").read_text())
