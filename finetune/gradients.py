@@ -17,7 +17,7 @@ from finetune.memory import BLOCK_ELEMENTS
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LARGE = 4_000_000  # numbers
+LARGE = 4_000_000  # numbers from which a gradient is sent by itself, where it lies
 
 
 class Gradients:
