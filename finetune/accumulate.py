@@ -19,7 +19,7 @@ def accumulate_in_products(model: nn.Module) -> int:
     """Give every trainable, bias-free nn.Linear of the decoder the direct path; returns how many have it.
 
     Not for DeepSpeed and DistributedDataParallel: gradients appear in `.grad` without passing through autograd's hooks,
-    which they rely on. The average over ranks (finetune.gradients) is taken of `.grad` itself.
+    which they rely on. The sum over ranks (finetune.gradients) is taken of `.grad` itself.
     """
     layers = [module for module in model.get_decoder().modules() if type(module) is nn.Linear and module.bias is None]
     layers = [layer for layer in layers if layer.weight.requires_grad]

@@ -19,7 +19,6 @@ from finetune.speed import (
     full_flops_per_token,
     full_update_seconds,
     layers_allowed,
-    micro_batches,
 )
 from finetune.zero import check_final_weights, gather_whole_layers, join_group, stage_of
 
@@ -38,13 +37,8 @@ def full_method(arguments: Arguments) -> Method:
         name="all parameters, " + ("without DeepSpeed" if stage == "none" else f"DeepSpeed ZeRO stage {stage}"),
         load=lambda arguments, dtype, device: _load(arguments, dtype, device, stage, norm_head),
         choose_budget=lambda room: _choose_budget(room, stage),
-        predict_memory=lambda room, budget: full_memory(
-            room.shape,
-            stage,
-            room.world_size,
-            budget.tokens,
-            budget.layers_kept,
-            micro_batches(budget, room.tokens_per_update / room.world_size),
+        predict_memory=lambda room, budget, micro_batches: full_memory(
+            room.shape, stage, room.world_size, budget.tokens, budget.layers_kept, micro_batches
         ),
         flops_per_token=lambda room: full_flops_per_token(room.shape),
         tokens_per_second=lambda room, budget: _tokens_per_second(room, budget, stage),

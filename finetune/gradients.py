@@ -1,4 +1,4 @@
-"""The gradients of the trained parameters at the end of an update: averaged over ranks, clipped, dropped, forgotten.
+"""The gradients of the trained parameters at the end of an update: added up over ranks, clipped, dropped, forgotten.
 
 The parameters are listed once. A 14B with adapters has 3,500 modules; walking through them takes a CPU about 8 ms, and
 at the end of an update the card waits meanwhile.
@@ -49,8 +49,8 @@ class Gradients:
         dist.all_reduce(unequal, op=dist.ReduceOp.MAX)
         return bool(unequal)
 
-    def average(self) -> None:
-        """Mean over ranks: of large matrices where they lie, of small ones in flat blocks."""
+    def add_up(self) -> None:
+        """Each becomes its sum over ranks: large matrices where they lie, small ones in flat blocks."""
         if self.world_size == 1:
             return
         present = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -59,13 +59,10 @@ class Gradients:
         for block in _blocks([gradient for gradient in present if not _is_large(gradient)]):
             flat = torch.cat([gradient.reshape(-1) for gradient in block])
             dist.all_reduce(flat)
-            flat /= self.world_size
             parts = flat.split([gradient.numel() for gradient in block])
             torch._foreach_copy_(block, [part.view_as(one) for part, one in zip(parts, block, strict=True)])
         for one in sums:
             one.wait()
-        if large:
-            torch._foreach_div_(large, self.world_size)
 
     def clip(self, accelerator: "Accelerator", max_norm: float) -> None:
         """Scale all so that their norm is at most max_norm (0: no limit). Does not wait for the device."""

@@ -54,7 +54,7 @@ def _choose_budget(room: Room) -> Budget | None:
     )
 
 
-def _predict_memory(room: Room, budget: Budget) -> dict[str, float]:
+def _predict_memory(room: Room, budget: Budget, micro_batches: int) -> dict[str, float]:
     return qlora_memory(
         room.shape,
         room.arguments.lora.lora_rank,

@@ -46,7 +46,7 @@ from finetune.saving import existing_parent, free_bytes
 # Tokens of a Chinese or mixed text for each character, both vocabularies, and of the template around a turn.
 TOKENS_PER_CHARACTER, TOKENS_PER_TURN = 0.75, 12
 TIMES = (
-    "times: fitted to one measured H100, DeepSpeed's to two H200; another card's are scaled by its peak rate,\n"
+    "times: fitted to one measured H100, of several cards to two H200; another card's are scaled by its peak rate,\n"
     "transfers computed from its links. What counts is the tokens/s of the first updates."
 )
 WALKTHROUGH = (

@@ -1,6 +1,6 @@
 """How much room a run has and how it is used: memory of this card, micro-batch budget, disk and memory to save."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ class Method:
     name: str
     load: Callable[[Arguments, "torch.dtype", "torch.device"], "PreTrainedModel"]
     choose_budget: Callable[[Room], Budget | None]
-    predict_memory: Callable[[Room, Budget], dict[str, float]]
+    predict_memory: Callable[[Room, Budget, int], dict[str, float]]  # the last: micro-batches of an update on a card
     flops_per_token: Callable[[Room], float]
     tokens_per_second: Callable[[Room, Budget], float]  # of one card
     saved_bytes: Callable[[Room], tuple[int, int, int]]  # a checkpoint, final/, main memory while saving
@@ -145,9 +145,14 @@ def decide_budget(method: Method, room: Room) -> Budget:
     return budget
 
 
-def predicted_peak(method: Method, room: Room, budget: Budget) -> float:
+def predicted_parts(method: Method, room: Room, layers_kept: int, largest: Mapping[int, int]) -> dict[str, float]:
+    """Bytes of that update which takes most; `largest` as UpdateDataset.largest_micro_batches counts."""
+    cases = (method.predict_memory(room, Budget(tokens, layers_kept), count) for count, tokens in largest.items())
+    return max(cases, key=total)
+
+
+def predicted_peak(room: Room, parts: Mapping[str, float]) -> float:
     """Bytes that torch's allocator should report as its peak: a paged optimiser's state lies outside it."""
-    parts = method.predict_memory(room, budget)
     is_outside = room.arguments.train.optim.startswith("paged_") and room.arguments.train.optim != PAGED_ADAMW
     return total({name: size for name, size in parts.items() if not (is_outside and name == "optimizer")})
 

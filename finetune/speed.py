@@ -33,9 +33,9 @@ FULL_SHARE, FULL_OVERHEAD_TOKENS = 0.79, 300
 HOST_LINK_BYTES = 20e9  # bytes/s between a card and main memory, PCIe 4 x16
 # Parameters/s of the CPU's Adam. DeepSpeed's ZeRO-Offload tutorial: a step of 3 B takes 2.4 s on a host of 128 cores.
 HOST_ADAM_PARAMETERS = 2e9
-# What an update takes beyond arithmetic, in seconds for each 1e9 parameters: two H200, 7.5 B, one micro-batch each.
-# Stage 3's is of when it gathered single matrices; whole layers, as now, are to be measured.
-ZERO_SECONDS = {"1": 0.020, "2": 0.023, "3": 0.085}
+# What an update on several cards takes beyond arithmetic, in seconds for each 1e9 parameters, with stage 3 for each of
+# its micro-batches: fitted to two H200 and 7.5 B (benchmarks/results/h200-x2).
+SEVERAL_CARDS_SECONDS = {"none": 0.006, "1": 0.020, "2": 0.023, "3": 0.038}
 UPDATES_DIFFER = 1.12  # an update of 64 short rows holds up to this share of the mean, nine times of ten
 MOST_PARTS = 8
 BUDGETS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 256)
@@ -93,13 +93,14 @@ def full_update_seconds(
     parts = micro_batches(budget, tokens_per_card)
     computing = tokens_per_card / full_tokens_per_second(shape, gpu, filled(budget, tokens_per_card))
     weights = HALF_BYTES * shape.parameters
-    # Once an update gradients are reduced and weights gathered, or gradients averaged; stage 2 reduces in every
+    # Once an update gradients are reduced and weights gathered, or gradients added up; stage 2 reduces in every
     # micro-batch, stage 3 also gathers the weights there, forward and backward.
     passes = {"n": 2.0, "1": 2.0, "2": parts + 1.0, "3": 3.0 * parts}[stage[0]] if gpus > 1 else 0.0
     moving = passes * weights * (gpus - 1) / gpus / (gpu.link_gb_per_second * 1e9)
+    times = 0 if gpus == 1 else parts if stage == "3" else 1
+    more = times * SEVERAL_CARDS_SECONDS.get(stage, 0.0) * shape.parameters / 1e9
     if stage == "none":
-        return computing + moving
-    more = ZERO_SECONDS.get(stage, 0.0) * shape.parameters / 1e9 * (parts if stage == "3" else 1)
+        return computing + moving + more
     if stage.endswith("offload"):
         crossings = 2.0 + (2.0 * parts if stage.startswith("3") else 0.0)
         more = crossings * weights / gpus / HOST_LINK_BYTES + shape.parameters / HOST_ADAM_PARAMETERS
@@ -113,12 +114,15 @@ def _best(
     least_kept: int,
     most_kept: int,
 ) -> Budget | None:
-    """The fastest budget that fits: for each number of tokens as many layers kept as there is room for."""
+    """The fastest budget that fits: for each number of tokens as many layers kept as there is room for.
+
+    Of equally fast ones the largest: it cuts fewer of the updates that are larger than the mean.
+    """
     candidates = []
     for tokens in sizes:
         choices = (Budget(tokens, kept) for kept in range(most_kept, least_kept - 1, -1))
         candidates.extend(itertools.islice(filter(fits, choices), 1))
-    return max(candidates, key=speed, default=None)
+    return max(candidates, key=lambda budget: (speed(budget), budget.tokens), default=None)
 
 
 def _sizes(longest_row: int, tokens_per_card: float) -> list[int]:
@@ -126,8 +130,8 @@ def _sizes(longest_row: int, tokens_per_card: float) -> list[int]:
 
     Among them equal parts of that share, a little larger than the mean: updates differ in size.
     """
-    largest = max(longest_row, min((size for size in BUDGETS if size >= tokens_per_card), default=BUDGETS[0]))
     shares = {math.ceil(tokens_per_card * UPDATES_DIFFER / parts) for parts in range(1, MOST_PARTS + 1)}
+    largest = min(max(shares), math.ceil(BUDGETS[0] * UPDATES_DIFFER))
     return sorted({longest_row, *(size for size in {*BUDGETS, *shares} if longest_row <= size <= largest)})
 
 

@@ -6,7 +6,7 @@ micro-batch that does not fit is cut and repeated; gradients of an update whose 
 dropped, and several such updates in a row end the run with the rows that caused them; checkpoints are published whole;
 a stop signal is obeyed at the end of an update, on all ranks at the same one.
 
-Gradients are averaged here, once an update, and not by DistributedDataParallel's hooks: so a rank that runs out of
+Gradients are added up here, once an update, and not by DistributedDataParallel's hooks: so a rank that runs out of
 memory may cut its own micro-batches without the others waiting inside a collective for it. DeepSpeed reduces by
 itself and needs equal counts: there a lack of memory ends the run with the budget to try.
 """
@@ -124,12 +124,12 @@ class UpdateTrainer(CheckpointingTrainer):
         if not model.training:
             model.train()
         update = inputs
-        scale = self.args.world_size / max(1, update.num_supervised)
+        scale, ranks = 1 / max(1, update.num_supervised), self.args.world_size
         if self.is_deepspeed_enabled:
-            loss_sum = self._run_with_deepspeed(model, update, scale)
+            loss_sum = self._run_with_deepspeed(model, update, scale * ranks)  # it averages over them
         else:
             loss_sum = self._run_micro_batches(model, update, scale)
-            self.gradients.average()
+            self.gradients.add_up()
             self.gradients.clip(self.accelerator, self.args.max_grad_norm)
         # Until here nothing has waited for the device. What can be done while it computes is done before that.
         self._collate_ahead(update.next_rows)
@@ -137,7 +137,7 @@ class UpdateTrainer(CheckpointingTrainer):
         if not self.is_deepspeed_enabled and not (math.isfinite(loss) and math.isfinite(norm)):
             self.gradients.drop()
         self._account(update, loss, norm)
-        return loss_sum.detach() * scale
+        return loss_sum.detach() * scale * ranks
 
     def _loss_of(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
         """Sum of the token losses of rows run side by side, no padding. No rows: a zero with a graph."""

@@ -7,7 +7,7 @@ Everything that can be refused is refused before the model is loaded.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from finetune.gpus import price_per_hour
 from finetune.memory import shape_of_config, total
 from finetune.plan_options import warmup_note
 from finetune.prepare import is_first_rank, say
-from finetune.room import Method, Room, check_saving, decide_budget, measure_room, predicted_peak
+from finetune.room import Method, Room, check_saving, decide_budget, measure_room, predicted_parts, predicted_peak
 from finetune.rows import read_rows
 from finetune.speed import Budget
 
@@ -44,7 +44,12 @@ class Run:
     room: Room
     budget: Budget
     last_update: int
-    filled: Budget | None = None  # the budget as the micro-batches fill it, known with the trainer
+    largest: dict[int, int] = field(default_factory=dict)  # UpdateDataset.largest_micro_batches, known with the trainer
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes that it should take of a card, by part."""
+        return predicted_parts(self.method, self.room, self.budget.layers_kept, self.largest)
 
     @property
     def output_dir(self) -> Path:
@@ -128,7 +133,7 @@ def _train(arguments: Arguments, method: Method, identity: dict[str, Any], names
     run = Run(arguments, method, identity, names, tokenizer, samples, room, budget, last_update)
     optimizer = method.optimizer(arguments, getattr(torch, dtype))
     trainer = _build_trainer(run, args, model, evaluation, optimizer)
-    run = replace(run, filled=_filled_budget(run, trainer))
+    run = replace(run, largest=trainer.train_dataset.largest_micro_batches(max(1, last_update)))
     _print_plan(run, trainer)
     return _run(run, trainer)
 
@@ -186,11 +191,6 @@ def _build_trainer(
     return trainer
 
 
-def _filled_budget(run: Run, trainer: "UpdateTrainer") -> Budget:
-    """The budget with the tokens of the largest micro-batch that the first epoch holds."""
-    return replace(run.budget, tokens=trainer.train_dataset.largest_micro_batch(max(1, run.last_update)))
-
-
 def _estimated_speed(run: Run) -> float | None:
     """Tokens per second of all cards, None where the card is not known."""
     room = run.room
@@ -210,12 +210,11 @@ def _print_plan(run: Run, trainer: "UpdateTrainer") -> None:
         say(f"  {note}")
     say(f"  trained: {room.trainable:,} parameters of {room.shape.parameters:,} ({run.method.name})")
     kept = f"{run.budget.layers_kept} of {room.shape.layers} layers not recomputed"
-    filled = f"the largest has {run.filled.tokens:,}"
+    filled = f"the largest has {max(run.largest.values()):,}"
     say(f"  micro-batches: at most {run.budget.tokens:,} tokens, {filled}, {kept}")
-    parts = run.method.predict_memory(room, run.filled)
-    listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+    listed = ", ".join(f"{name} {size_text(size)}" for name, size in run.parts.items() if size)
     where = room.gpu.name if room.gpu else "besides the program's own"
-    say(f"  memory: about {size_text(total(parts))} of {size_text(room.memory_bytes)}, {where} ({listed})")
+    say(f"  memory: about {size_text(total(run.parts))} of {size_text(room.memory_bytes)}, {where} ({listed})")
     if speed := _estimated_speed(run):
         seconds = tokens / speed
         say(f"  time: about {clock(seconds)} at {speed:,.0f} tokens/s, cost about {trainer.meter.cost(seconds):.2f}")
@@ -270,11 +269,11 @@ def _write_report(run: Run, trainer: "UpdateTrainer", status: str) -> None:
         "method": run.method.name,
         **report.run_numbers(trainer.progress, trainer.meter, trainer.state.global_step, run.last_update),
         "predicted": {
-            "peak_memory_gib": round(predicted_peak(run.method, run.room, run.filled) / GIB, 2),
+            "peak_memory_gib": round(predicted_peak(run.room, run.parts) / GIB, 2),
             "tokens_per_second": _estimated_speed(run),
         },
         "token_budget": trainer.token_budget,
-        "largest_micro_batch": run.filled.tokens,
+        "largest_micro_batch": max(run.largest.values()),
         "layers_not_recomputed": run.budget.layers_kept,
         "devices": f"{run.room.world_size} x {device}",
         "identity": run.identity,

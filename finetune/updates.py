@@ -76,10 +76,17 @@ class UpdateDataset:
             self._updates, self._planned_epoch = plan_epoch(*plan), self.epoch
         return self._updates
 
-    def largest_micro_batch(self, num_updates: int) -> int:
-        """Tokens of the largest micro-batch of any rank in the first updates of the epoch: often below the budget."""
-        parts = (rows for update in self._plan()[:num_updates] for steps in update.micro_batches for rows in steps)
-        return max(sum(self.lengths[row] for row in rows) for rows in parts)
+    def largest_micro_batches(self, num_updates: int) -> dict[int, int]:
+        """By the number of micro-batches of an update on a rank: tokens of the largest, often below the budget.
+
+        Looks at the first `num_updates` of the epoch.
+        """
+        largest: dict[int, int] = {}
+        for update in self._plan()[:num_updates]:
+            count = len(update.micro_batches[0])
+            tokens = (sum(self.lengths[row] for row in rows) for steps in update.micro_batches for rows in steps)
+            largest[count] = max(largest.get(count, 0), *tokens)
+        return largest
 
     def __getitem__(self, index: int) -> RankUpdate:
         update, *following = self._plan()[index : index + 2]

@@ -7,6 +7,8 @@ import pytest
 
 from finetune.batching import collate, plan_epoch
 from finetune.errors import UserError
+from finetune.room import predicted_parts
+from finetune.updates import UpdateDataset
 
 
 def random_case(seed: int) -> dict:
@@ -110,3 +112,27 @@ def test_no_rank_always_has_the_larger_micro_batch():
     lengths = [8, 7, 6, 5, 4, 3, 2, 1]
     (update,) = plan_epoch(lengths, 8, 2, 8, 0, 0)
     assert [sum(lengths[row] for rows in steps for row in rows) for steps in update.micro_batches] == [18, 18]
+
+
+def test_largest_micro_batches_of_updates_of_one_and_of_two():
+    lengths = [3, 5, 3, 8, 4, 4]
+    samples = [SimpleNamespace(input_ids=[1] * length, labels=[1] * length) for length in lengths]
+    # 27 tokens and room for 8 on each of two ranks: two each, one of them the row of 8. A row an update: one each.
+    assert UpdateDataset(samples, 6, 8, seed=0, world_size=2).largest_micro_batches(1) == {2: 8}
+    assert UpdateDataset(samples, 1, 8, seed=0, world_size=2).largest_micro_batches(6) == {1: 8}
+    # Two rows an update fit side by side unless the 8 or the 5 meets more than 9 - 8 or 9 - 5 tokens.
+    mixed = UpdateDataset(samples, 2, 9, seed=0)
+    expected: dict[int, int] = {}
+    for update in plan_epoch(lengths, 2, 1, 9, 0, 0):
+        one, other = (lengths[row] for row in update.rows)
+        count, largest = (1, one + other) if one + other <= 9 else (2, max(one, other))
+        expected[count] = max(largest, expected.get(count, 0))
+    assert mixed.largest_micro_batches(3) == expected and sorted(expected) == [1, 2]
+
+
+def test_what_is_planned_is_the_update_that_takes_most():
+    method = SimpleNamespace(
+        predict_memory=lambda room, budget, count: {"kept": budget.tokens, "gradients": 100 if count > 1 else 0}
+    )
+    assert predicted_parts(method, None, 0, {1: 90, 2: 50}) == {"kept": 50, "gradients": 100}
+    assert predicted_parts(method, None, 0, {1: 190, 2: 50}) == {"kept": 190, "gradients": 0}

@@ -8,7 +8,7 @@ from finetune.arguments import TrainArguments
 from finetune.gpus import named_gpu
 from finetune.memory import KNOWN_SHAPES, Shape, full_memory, qlora_memory, shape_of_config, total
 from finetune.speed import (
-    ZERO_SECONDS,
+    SEVERAL_CARDS_SECONDS,
     Budget,
     choose_full_budget,
     full_tokens_per_second,
@@ -33,7 +33,7 @@ BUDGET, CARDS, MICRO_BATCHES, TOKENS = Budget(1000, 32), 8, 8, 64_000
 def test_a_slow_link_bounds_an_update_by_what_its_stage_sends(stage, passes, times):
     slow = replace(H100, link_gb_per_second=1.0)
     sent = passes * 2 * PARAMETERS * 7 / 8  # seven eighths of 16-bit numbers lie on other cards
-    expected = sent / 1e9 + times * ZERO_SECONDS[stage] * PARAMETERS / 1e9
+    expected = sent / 1e9 + times * SEVERAL_CARDS_SECONDS[stage] * PARAMETERS / 1e9
     assert full_update_seconds(BAICHUAN, slow, BUDGET, stage, CARDS, TOKENS) == pytest.approx(expected)
 
 
@@ -95,3 +95,12 @@ def test_a_llama_whose_attention_has_biases():
     }
     shapes = [shape_of_config(config | more) for more in ({}, {"attention_bias": False}, {"attention_bias": True})]
     assert [shape.has_qkv_bias for shape in shapes] == [False, False, True]
+
+
+def test_of_equally_fast_budgets_the_largest_cuts_fewest_updates() -> None:
+    room = 500 * 2**30
+    # An update of 16,000 tokens on two cards: one micro-batch each, also of an update that is an eighth larger.
+    assert choose_full_budget(BAICHUAN, "3", H100, 2, room, 512, 16_000) == Budget(8960, 32)
+    # What is cut in two anyway: the most that fits, not the half that the mean update needs.
+    two_halves = total(full_memory(BAICHUAN, "none", 1, 12_288, 32))
+    assert choose_full_budget(BAICHUAN, "none", H100, 1, two_halves, 512, 16_000) == Budget(12_288, 32)

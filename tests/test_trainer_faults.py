@@ -47,15 +47,15 @@ def test_bad_losses_stop_the_run_with_their_rows(tmp_path: Path, capfd: pytest.C
 
 def _spoil_gradients(trainer: UpdateTrainer, monkeypatch, updates: set[int], value: float = float("inf")) -> None:
     """One gradient of each of these updates (from 1) becomes `value`; the losses stay as they are."""
-    average, done = trainer.gradients.average, [0]
+    add_up, done = trainer.gradients.add_up, [0]
 
     def spoiled() -> None:
-        average()
+        add_up()
         done[0] += 1
         if done[0] in updates:
             trainer.gradients.parameters[0].grad.view(-1)[0] = value
 
-    monkeypatch.setattr(trainer.gradients, "average", spoiled)
+    monkeypatch.setattr(trainer.gradients, "add_up", spoiled)
 
 
 class _Weights(TrainerCallback):
