@@ -103,9 +103,10 @@ def command_of(run: Run, flags: Sequence[str]) -> list[str]:
 
 def environment_of(run: Run) -> dict[str, str]:
     """A process without a launcher sees one card; DeepSpeed's hides cards from its ranks itself."""
-    if run.gpus == 1 and run.stage == "none":
-        return {"CUDA_VISIBLE_DEVICES": "0"} | SAME_FOR_ALL | os.environ
-    return SAME_FOR_ALL | os.environ
+    shown = {"CUDA_VISIBLE_DEVICES": "0"} if run.gpus == 1 and run.stage == "none" else {}
+    # DeepSpeed looks for the ninja that lies beside this Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return shown | SAME_FOR_ALL | os.environ | {"PATH": path}
 
 
 def execute(

@@ -110,7 +110,8 @@ def quieten() -> None:
 
     logging.disable_progress_bar()
     unwanted = (".*is_gradient_checkpointing.*", ".*gradient_checkpointing.*deprecated", ".*broadcast_buffers.*")
-    for text in (*unwanted, "Paged optimizers are not", "`torch.distributed.*is deprecated"):
+    others = ("Paged optimizers are not", "`torch.distributed.*is deprecated", r"barrier\(\): using the device")
+    for text in (*unwanted, *others):
         warnings.filterwarnings("ignore", message=text)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it found none

@@ -24,14 +24,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainingArguments
+from transformers import TrainingArguments
 
 from finetune.batching import collate, plan_epoch
+from finetune.callbacks import ObeyArguments, ObeyStop
 from finetune.checkpointing import CheckpointingTrainer, Progress, RunPlan
 from finetune.errors import UserError
 from finetune.gradients import Gradients
 from finetune.progress import Meter
-from finetune.signals import StopRequest, silence_lost_output
+from finetune.signals import StopRequest
 from finetune.updates import RankUpdate, UpdateDataset, count_supervised, cut_in_pieces, update_loader
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ class UpdateTrainer(CheckpointingTrainer):
         super().__init__(
             model=model, args=args, train_dataset=dataset, eval_dataset=plan.eval_samples or None, **kwargs
         )
-        self.add_callback(_ObeyArguments())
-        self.add_callback(_ObeyStop(self))
+        self.add_callback(ObeyArguments())
+        self.add_callback(ObeyStop(self))
         self.gradients = Gradients(self.model, args.world_size)
         if not self.is_deepspeed_enabled:
             self.model.zero_grad = self.gradients.forget
@@ -376,35 +377,3 @@ class UpdateTrainer(CheckpointingTrainer):
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
             self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak)
-
-
-class _ObeyArguments(TrainerCallback):
-    """How often to log, evaluate and save is what the arguments say now, not what a checkpoint remembers."""
-
-    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Called when the checkpoint's state has been read."""
-        state.compute_steps(args, state.max_steps)
-
-
-class _ObeyStop(TrainerCallback):
-    """After an update in which some rank received a stop signal: log, save and stop, on all ranks."""
-
-    def __init__(self, trainer: UpdateTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """transformers ends the epoch after a stop too: what there is to save was saved at the update's end."""
-        if self.trainer.stop_signal:
-            control.should_evaluate = control.should_save = False
-        return control
-
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """Called when the update is done, after transformers has decided what to do at this step."""
-        self.trainer.mark_time()
-        control.should_log |= state.global_step >= state.max_steps  # what came after the last full interval
-        if self.trainer.stop_signal:
-            silence_lost_output()  # again: the reader of a pipe may have got the same signal, and left since
-            control.should_log = control.should_training_stop = True
-            control.should_evaluate = False
-            control.should_save = args.save_strategy != "no"
-        return control
