@@ -15,7 +15,8 @@ ifneq ($(filter-out $(WITHOUT_SETTINGS),$(or $(MAKECMDGOALS),help)),)
 include .cache/env.mk
 endif
 .cache/env.mk: FORCE
-	@mkdir -p .cache && python3 scripts/settings.py make > $@.new && { cmp -s $@.new $@ || cp $@.new $@; }
+	@mkdir -p .cache; python3 scripts/settings.py make > $@.new || { status=$$?; rm -f $@; exit $$status; }
+	@cmp -s $@.new $@ || cp $@.new $@
 FORCE:
 
 # $(call need,KEY KEY) expands to nothing, or refuses the target while a setting has no value.

@@ -91,6 +91,7 @@ def engine_rates(model: Any, all_rows: Sequence[int]) -> tuple[list[float], int]
 
 def measure(folder: Path, bits: int, all_rows: Sequence[int]) -> Iterator[list[str]]:
     """Lines of the table for a model in 4 or 16 bits."""
+    gc.collect()  # the model before
     model, _ = load_for_inference(folder, load_in_4bit=bits == 4, dtype="bfloat16")
     for way, current in ways_of(model):
         synchronize()

@@ -165,23 +165,27 @@ def _send(processes: list[int], number: int) -> None:
             continue
 
 
-def _in_session(session: int) -> list[int]:
+def _left(launcher: int, folder: Path) -> list[int]:
+    """What is still there of the launcher's session, and ranks: torchrun puts each into a session of its own."""
     found = []
+    mark = f"\0{STATUS_DIR}={folder}\0".encode()
     for process in _processes():
         try:
-            if os.getsid(process) == session:
+            environment = b"\0" + Path(f"/proc/{process}/environ").read_bytes()
+            if os.getsid(process) == launcher or mark in environment:
                 found.append(process)
-        except (ProcessLookupError, PermissionError):
+        except OSError:
             continue
     return found
 
 
-def _end_session(session: int) -> None:
-    """Leave nothing of the launcher's session behind."""
+def _end_session(launcher: int, folder: Path) -> None:
+    """Leave nothing of the launcher behind. It goes first: it would report at length what is explained already."""
     deadline = time.monotonic() + ORPHAN_GRACE_SECONDS
     number = signal.SIGTERM
-    while left := _in_session(session):
-        _send(left, number)
+    while left := _left(launcher, folder):
+        _send([process for process in left if process == launcher], signal.SIGKILL)
+        _send([process for process in left if process != launcher], number)
         if time.monotonic() > deadline:
             number = signal.SIGKILL
         time.sleep(0.2)
@@ -196,8 +200,9 @@ def die_with_parent() -> None:
 
 
 def _noted_status(folder: Path) -> int | None:
-    """Least status but 0 that a rank noted, None while there is none."""
-    return min((status for path in folder.glob("ended-*") if (status := int(path.read_text()))), default=None)
+    """Least status but 0 that a rank noted, None while there is none; what was explained stands over what followed."""
+    noted = {status for path in folder.glob("ended-*") if (status := int(path.read_text()))}
+    return 2 if 2 in noted else min(noted, default=None)
 
 
 def _killed_rank(folder: Path) -> str | None:
@@ -223,15 +228,16 @@ def _wait(launcher: subprocess.Popen, folder: Path) -> int:
     while True:
         try:
             status = launcher.wait(timeout=0.5)
-            return KILLED if killed or _killed_rank(folder) else status
+            was_killed = killed or (deadline is None and _killed_rank(folder))  # and not by _end_session
+            return KILLED if was_killed else status
         except subprocess.TimeoutExpired:
-            if deadline is None and _noted_status(folder) not in (None, *STOPPED):
+            if deadline is None and _noted_status(folder) is not None:  # who saves leaves together with the others
                 deadline = time.monotonic() + OTHER_RANKS_SECONDS
             if killed is None and (killed := _killed_rank(folder)):
                 _say_killed(killed)
                 deadline = time.monotonic() + KILLED_RANK_SECONDS
             if deadline is not None and time.monotonic() > deadline:
-                _end_session(launcher.pid)
+                _end_session(launcher.pid, folder)
 
 
 def _say_killed(rank: str) -> None:
@@ -243,12 +249,12 @@ def _say_killed(rank: str) -> None:
     )
 
 
-def _obey_input(launcher: int) -> None:
+def _obey_input(launcher: int, folder: Path) -> None:
     """Signals from another machine: words, a line each; the connection's end counts as TERM."""
     for line in iter(sys.stdin.readline, ""):
         word = line.strip()
         if word == "KILL":
-            _end_session(launcher)
+            _end_session(launcher, folder)
         elif word in ("TERM", "INT"):
             os.kill(os.getpid(), signal.Signals[f"SIG{word}"])
     os.kill(os.getpid(), signal.SIGTERM)
@@ -274,16 +280,20 @@ def run_launcher(command: list[str], until_eof: bool = False) -> int:
             # A terminal that went away asks for the same as SIGTERM.
             number = signal.SIGTERM if number == signal.SIGHUP else number
             received.append(number)
-            # Before the ranks exist there is nothing to save: the launcher itself is ended.
-            _send(find_ranks(launcher.pid) or [launcher.pid], number)
+            if ranks := find_ranks(launcher.pid):
+                _send(ranks, number)
+            else:
+                # Before they exist there is nothing to save: the launcher itself is ended. Not by SIGINT, which may
+                # fall into one of its imports and be dropped there, or end in a traceback.
+                _send([launcher.pid], signal.SIGTERM)
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, a shell's `&` SIGINT
                 signal.signal(number, forward)
         if until_eof:
-            threading.Thread(target=_obey_input, args=[launcher.pid], daemon=True).start()
+            threading.Thread(target=_obey_input, args=[launcher.pid, Path(folder)], daemon=True).start()
         status = _wait(launcher, Path(folder))
-        _end_session(launcher.pid)
+        _end_session(launcher.pid, Path(folder))
         _clear_shared_memory(Path(folder))
         noted = _noted_status(Path(folder))
     if status == KILLED:

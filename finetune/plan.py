@@ -42,6 +42,7 @@ from finetune.plan_options import (
     warmup_note,
 )
 from finetune.saving import existing_parent, free_bytes
+from finetune.speed import layers_allowed
 
 # Tokens of a Chinese or mixed text for each character, both vocabularies, and of the template around a turn.
 TOKENS_PER_CHARACTER, TOKENS_PER_TURN = 0.75, 12
@@ -75,7 +76,10 @@ def rows_of_file(path: str, max_seq_length: int) -> tuple[int, float]:
     lengths = []
     for line, text in iter_lines(Path(path)):
         try:
-            lengths.append(min(max_seq_length, estimated_tokens(json.loads(text))))
+            tokens = estimated_tokens(json.loads(text))
+            if not tokens:
+                raise TypeError("neither conversation nor messages")
+            lengths.append(min(max_seq_length, tokens))
         except (json.JSONDecodeError, AttributeError, TypeError):
             raise UserError(f"{path}:{line}: not a training row. Check the file: make qwen-data") from None
     if not lengths:
@@ -147,6 +151,7 @@ def workload(arguments: Arguments, gpus: int, rows: int | None, mean_tokens: flo
             raise UserError("neither train_file nor --rows and --mean_tokens is given. Name the rows.")
         found_rows, found_tokens = rows_of_file(data.train_file, data.max_seq_length)
         rows, mean_tokens = rows or found_rows, mean_tokens or found_tokens
+    mean_tokens = min(mean_tokens, data.max_seq_length)  # longer rows are cut
     if not data.eval_file:
         rows = max(1, rows - round(rows * data.eval_split_percentage / 100))
     per_update = train.per_device_train_batch_size * train.gradient_accumulation_steps * gpus
@@ -219,6 +224,10 @@ def advice(method: str, gpu: Gpu, gpus: int, shape: Shape, arguments: Arguments,
     else:
         enough = [g.name for g in GPUS if choose(full_options(shape, g, gpus, arguments.train, work))]
         turns = "lower max_seq_length, use more cards (--num_gpus), or train an adapter instead (make qwen-plan)"
+    if arguments.train.tokens_per_micro_batch:
+        turns = f"set tokens_per_micro_batch to 0, then what fits is found; {turns}"
+    if layers_allowed(arguments.train, shape.layers):
+        turns = f"set gradient_checkpointing to true and recompute_layers to -1; {turns}"
     cards = f" Cards on which it fits: {', '.join(enough)}." if enough else ""
     return f"nothing fits on {gpus} x {gpu.name}: {turns}.{cards}"
 

@@ -17,8 +17,10 @@ from finetune.memory import (
     full_memory,
     host_memory,
     qlora_memory,
+    total,
 )
 from finetune.speed import (
+    UPDATES_DIFFER,
     Budget,
     choose_full_budget,
     choose_qlora_budget,
@@ -81,9 +83,11 @@ def usable_bytes(gpu: Gpu, limit_gib: float = 0) -> float:
     return min(gpu.memory_gib - CONTEXT_GIB, limit_gib or math.inf) * USED_SHARE * GIB
 
 
-def _shown(budget: Budget | None, work: Workload) -> Budget:
-    """The budget with what its largest micro-batch holds; without one, a single row with every layer recomputed."""
-    return replace(budget, tokens=max(budget.tokens, work.longest_row)) if budget else Budget(work.longest_row, 0)
+def _shown(budget: Budget | None, work: Workload, train: TrainArguments, layers: int) -> Budget:
+    """The budget with what its largest micro-batch holds; without one, the least that the experiment allows."""
+    least, _ = layers_allowed(train, layers) or (0, layers)
+    budget = budget or Budget(train.tokens_per_micro_batch, least)
+    return replace(budget, tokens=max(budget.tokens, work.longest_row))
 
 
 def qlora_option(shape: Shape, gpu: Gpu, gpus: int, arguments: Arguments, work: Workload) -> Option:
@@ -102,7 +106,7 @@ def qlora_option(shape: Shape, gpu: Gpu, gpus: int, arguments: Arguments, work: 
         layers_kept=layers_allowed(train, shape.layers),
         tokens=train.tokens_per_micro_batch or None,
     )
-    shown = _shown(budget, work)
+    shown = _shown(budget, work, train, shape.layers)
     mean = filled(budget or shown, work.tokens_per_update / gpus)
     speed = qlora_tokens_per_second(shape, rank, gpu, mean, arguments.lora.fp8_backward) * gpus
     parts = qlora_memory(shape, rank, shown.tokens, shown.layers_kept, optimizer_bytes=state_bytes, gpus=gpus)
@@ -122,9 +126,13 @@ def full_option(shape: Shape, gpu: Gpu, gpus: int, stage: str, train: TrainArgum
         layers_kept=layers_allowed(train, shape.layers),
         tokens=train.tokens_per_micro_batch or None,
     )
-    shown = _shown(budget, work)
-    pieces = micro_batches(shown, work.tokens_per_update / gpus)
-    parts = full_memory(shape, stage, gpus, shown.tokens, shown.layers_kept, pieces)
+    shown = _shown(budget, work, train, shape.layers)
+    cases = [(shown.tokens, 2)]  # as it was looked at: several micro-batches, all of them full
+    if budget and micro_batches(shown, work.tokens_per_update / gpus) == 1:
+        # Of one, mostly. An update larger than the budget is cut in two, and keeps gradients beside activations.
+        half = math.ceil(shown.tokens * UPDATES_DIFFER / 2)
+        cases = [(shown.tokens, 1), (max(half, min(work.longest_row, shown.tokens)), 2)]
+    parts = max((full_memory(shape, stage, gpus, tokens, shown.layers_kept, n) for tokens, n in cases), key=total)
     updates = work.tokens_in_all / work.tokens_per_update
     seconds = updates * full_update_seconds(shape, gpu, budget or shown, stage, gpus, work.tokens_per_update)
     return Option(stage, gpus, parts, budget, seconds, host_memory(shape, stage))

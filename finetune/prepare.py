@@ -7,7 +7,7 @@ import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +132,22 @@ def check_output_dir(output_dir: str | Path) -> None:
             f"{output_dir}: expected a folder to write checkpoints to, found: {found}. "
             "Name another with --output_dir, or QWEN_OUTPUT_DIR or BAICHUAN_OUTPUT_DIR in .env."
         ) from None
+
+
+def on_first_rank(check: Callable[[], None]) -> None:
+    """Call it there; the UserError it raises is raised on all ranks, so that none waits for another in vain."""
+    import torch.distributed as dist
+
+    problem: list[str | None] = [None]
+    if is_first_rank():
+        try:
+            check()
+        except UserError as error:
+            problem = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise UserError(problem[0])
 
 
 def check_shared_folder(output_dir: str | Path) -> None:

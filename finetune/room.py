@@ -136,6 +136,11 @@ def decide_budget(method: Method, room: Room) -> Budget:
         recomputed = max(0, train.recompute_layers) if train.gradient_checkpointing else 0
         return Budget(train.tokens_per_micro_batch or CPU_TOKEN_BUDGET, max(0, layers - recomputed))
     budget = method.choose_budget(room)
+    if budget is None and train.tokens_per_micro_batch > room.longest_row:
+        raise UserError(
+            f"tokens_per_micro_batch {train.tokens_per_micro_batch} does not fit into {room.memory_bytes / GIB:.1f} "
+            "GiB. Lower it, or set it to 0: then what fits is found."
+        )
     if budget is None:
         raise UserError(
             f"a row of {room.longest_row} tokens does not fit into {room.memory_bytes / GIB:.1f} GiB even with every "

@@ -125,9 +125,7 @@ def _train(arguments: Arguments, method: Method, identity: dict[str, Any], names
     per_update, width = identity["rows_per_update"], getattr(torch, dtype).itemsize
     room = measure_room(arguments, shape, model, samples, args.world_size, per_update, width)
     budget = decide_budget(method, room)
-    if is_first_rank():
-        saving.clear_aside(args.output_dir)  # what a kill left there must not count as used disk
-        check_saving(method, room, bool(evaluation))
+    prepare.on_first_rank(lambda: _check_saving(args.output_dir, method, room, bool(evaluation)))
     checkpoint_layers(model, shape.layers - budget.layers_kept)
     last_update = prepare.updates_in_all(arguments, len(samples), per_update)
     run = Run(arguments, method, identity, names, tokenizer, samples, room, budget, last_update)
@@ -136,6 +134,11 @@ def _train(arguments: Arguments, method: Method, identity: dict[str, Any], names
     run = replace(run, largest=trainer.train_dataset.largest_micro_batches(max(1, last_update)))
     _print_plan(run, trainer)
     return _run(run, trainer)
+
+
+def _check_saving(output_dir: str, method: Method, room: Room, has_best: bool) -> None:
+    saving.clear_aside(output_dir)  # what a kill left there must not count as used disk
+    check_saving(method, room, has_best)
 
 
 def _build_trainer(

@@ -7,6 +7,7 @@ checkpoint goes on with that checkpoint's stage. Exit status 2 when nothing fits
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -16,8 +17,8 @@ from finetune.gpus import GIB
 from finetune.memory import total
 from finetune.plan import advice, hours, shape_of, workload
 from finetune.plan import gpus_here as find_cards
-from finetune.plan_options import choose, full_options, usable_bytes
-from finetune.saving import newest_checkpoint, read_marker
+from finetune.plan_options import Option, choose, full_options, usable_bytes
+from finetune.saving import free_host_memory, newest_checkpoint, read_marker
 
 
 def choose_stage(arguments: Arguments, num_gpus: int, has_several_machines: bool = False) -> tuple[str, str]:
@@ -33,17 +34,28 @@ def choose_stage(arguments: Arguments, num_gpus: int, has_several_machines: bool
     shape, work = shape_of(arguments.model.model_name_or_path), workload(arguments, num_gpus, None, None)
     options = full_options(shape, gpu, num_gpus, arguments.train, work)
     options = [option for option in options if option.name != "none" or not has_several_machines]
-    chosen = choose(options)
+    # Offloading that the training would refuse is no way; of other machines nothing is known.
+    free = math.inf if has_several_machines else free_host_memory() or math.inf
+    chosen = choose([option for option in options if option.host_bytes <= free])
     if chosen is None:
-        raise UserError(advice("full", gpu, num_gpus, shape, arguments, work))
-    others = [
-        f"{option.name} " + (f"would take {hours(option.seconds)}" if option.budget else "does not fit")
-        for option in options
-        if option is not chosen
-    ]
+        least = min((option.host_bytes for option in options if option.budget), default=0)
+        more = (
+            f" Offloading would: with {least / GIB:.0f} GiB of main memory, {free / GIB:.0f} are free." if least else ""
+        )
+        raise UserError(advice("full", gpu, num_gpus, shape, arguments, work) + more)
+    others = [_remark(option, free) for option in options if option is not chosen]
     usable = usable_bytes(gpu, arguments.train.memory_limit_gib)
     needs = f"{total(chosen.parts) / GIB:.0f} of {usable / GIB:.0f} GiB on each {gpu.name}"
     return chosen.name, f"{needs}, about {hours(chosen.seconds)}; {', '.join(others)}"
+
+
+def _remark(option: Option, free: float) -> str:
+    """Why an option is not the chosen one; `free` bytes of main memory."""
+    if not option.budget:
+        return f"{option.name} does not fit"
+    if option.host_bytes > free:
+        return f"{option.name} needs {option.host_bytes / GIB:.0f} GiB of main memory"
+    return f"{option.name} would take {hours(option.seconds)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,10 +29,20 @@ MAKE_WORDS = "ARGS BG DRY_RUN FILE FOLLOW GPU GPUS LIMIT NET QUESTION STEP TIMEO
 WORDS_OF_ALL = ("ARGS", "BG", "DRY_RUN")  # every target takes these
 CARDS = ("CUDA_VISIBLE_DEVICES", "BAICHUAN_GPUS")
 # Values that would be taken for something else, or end in another program's traceback hours later.
+PORT = r"\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5]", "a port between 1 and 65535"
 VALUES = {
     "BAICHUAN_GPUS": (r"\d+(,\d+)*", "numbers of cards separated by commas, such as 0,1"),
     "CUDA_VISIBLE_DEVICES": (r"-1|[\w/.-]+(,[\w/.-]+)*", "cards separated by commas, such as 0,1"),
     "TORCH_INDEX_URL": (r"(https?|file)://.+", "an address, such as that of PyTorch's wheels ending in /whl/cu126"),
+    "SOURCE": ("modelscope|huggingface", "modelscope or huggingface"),
+    "MMCU_SOURCE": ("modelscope|huggingface", "modelscope or huggingface"),
+    "KEEP_ORIGINAL": ("[01]", "0 or 1"),
+    "QWEN_EVAL_MODE": ("generate|likelihood", "generate or likelihood"),
+    "QWEN_EVAL_LIMIT": (r"\d+", "a number of rows, 0 for all"),
+    "EVAL_ANSWER": ("generate|likelihood|engine", "generate, likelihood or engine"),
+    "MMCU_NTRAIN": (r"\d+", "a number of worked examples"),
+    "ENGINE": ("local|vllm", "local or vllm"),
+    **dict.fromkeys(("MASTER_PORT", "BAICHUAN_PORT", "BAICHUAN_WEB_PORT", "TUNNEL_SSH_PORT"), PORT),
 }
 TRAIN_CONFIGS = ("qwen_qlora/config/qwen-14b-qlora.json", "llm_code/training_config/baichuan2_config.json")
 
@@ -146,8 +156,9 @@ def _keys_with_a_meaning_of_empty() -> set[str]:
 
 def make_lines() -> str:
     """What the Makefile includes; an empty value is left out, so that no program sees an empty HF_ENDPOINT."""
-    check_values(resolve())  # also what make's own command line says: it is in the recipe's environment
     values = {**defaults(), **read_env()}
+    check_values(values)  # what is written here is in the environment of the next call, where it hides a mended .env
+    check_values(resolve())  # also what make's own command line says: it is in the recipe's environment
     lines = [f"export {key} ?= {value}" for key, value in values.items() if value]
     return "\n".join([f"SETTINGS := {' '.join(read_example())}", *lines]) + "\n"
 
@@ -246,7 +257,7 @@ def main() -> int:
             text = mistyped(arguments.words, arguments.goals)
         else:
             text = make_lines() if arguments.form == "make" else shell_lines()
-    except SettingsError as error:
+    except (SettingsError, OSError) as error:  # OSError: a .env that cannot be read
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text, end="")

@@ -1,13 +1,17 @@
 """Two real processes over gloo: an update planned for both gives the gradients of one process that sees all rows."""
 
+import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
 from finetune import gradients as of_an_update
 from finetune.attention import enable_padding_free_attention
 from finetune.batching import collate, plan_epoch
+from finetune.errors import UserError
 from finetune.loss import enable_chunked_loss
+from finetune.prepare import on_first_rank
 from tests.tiny.native import gradients, random_samples, tiny_native
 
 WORLD_SIZE = 2
@@ -48,6 +52,31 @@ def run_rank(rank, folder, port):
         torch.save(grads, f"{folder}/{rank}_{number}.pt")
     distributed.barrier()  # the ranks part together: a last collective of one that is gone fails
     distributed.destroy_process_group()
+
+
+def refuse_on_first(rank, folder, port):
+    from torch import distributed
+
+    store = distributed.TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=PATIENCE)
+    os.environ["RANK"] = str(rank)
+
+    def check():
+        assert rank == 0
+        raise UserError("no room")
+
+    on_first_rank(lambda: None)
+    try:
+        on_first_rank(check)
+    except UserError as error:
+        Path(folder, f"refused-{rank}").write_text(str(error))
+    distributed.destroy_process_group()
+
+
+def test_what_the_first_rank_refuses_is_refused_by_all(tmp_path):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(refuse_on_first, (str(tmp_path), store.port), WORLD_SIZE)
+    assert [(tmp_path / f"refused-{rank}").read_text() for rank in range(WORLD_SIZE)] == ["no room", "no room"]
 
 
 def test_gradients_equal_one_process(tmp_path):

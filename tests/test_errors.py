@@ -45,6 +45,8 @@ WAYS_TO_WRITE = {
     "a text": "Path('rows.csv').write_text('row' * 100_000)",
     "tensors": "save_file({'weight': torch.zeros(100_000)}, 'model.safetensors')",
     "a cause that is hidden": "write_table()",
+    "a checkpoint": "torch.save({'weight': torch.zeros(100_000)}, 'optimizer.pt')",
+    "a small checkpoint": "torch.save({'weight': torch.zeros(16_000)}, 'rng_state.pth')",
 }
 WRITER = """
 import torch
@@ -127,3 +129,34 @@ def test_a_place_that_cannot_be_written_is_told_in_a_line(number, capsys):
         run_main(main)
     assert left.value.code == 2
     assert capsys.readouterr().err == "error: /ro/results: no. Name a folder that can be written.\n"
+
+
+BROKEN_OFF = """
+import os, signal
+from finetune.errors import run_main
+
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    except KeyboardInterrupt:
+        pass  # as C code does while it tries an import
+    raise {error}
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "last"),
+    [
+        ("ImportError('cannot load module more than once per process')", 130, "interrupted"),
+        ("RuntimeError('a bug')", 1, "RuntimeError: a bug"),
+    ],
+)
+def test_an_import_that_ctrl_c_broke_off_is_no_bug(error, status, last):
+    command = [sys.executable, "-c", BROKEN_OFF.format(error=error)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (status, last)
+    assert ("Traceback" in done.stderr) == (status == 1)

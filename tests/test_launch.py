@@ -11,13 +11,13 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Two ranks; dies of a signal at once, leaving them behind, as deepspeed's launcher does.
+# Two ranks; dies of a signal at once, leaving them behind, as deepspeed's launcher does. torchrun gives each a session.
 LAUNCHER = """
 import os, subprocess, sys
 ranks = []
 for rank in "01":
     variables = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-    ranks.append(subprocess.Popen([sys.executable, *sys.argv[1:]], env=variables))
+    ranks.append(subprocess.Popen([sys.executable, *sys.argv[1:]], env=variables, start_new_session=SESSIONS))
 sys.exit(int(any([rank.wait() for rank in ranks])))
 """
 
@@ -42,12 +42,28 @@ def wait():
 def refuse():
     raise UserError("the same words from every rank")
 
-def refuse_alone():
-    if rank == "0":
-        raise UserError("only here")
+def go_on():
     (folder / f"up-{rank}-{os.getpid()}").touch()
     while True:
         time.sleep(1)
+
+def refuse_alone():
+    if rank == "0":
+        raise UserError("only here")
+    # Only notes it, as a training does, which waits for the other rank.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    go_on()
+
+def load_beside_one_that_waits():
+    if rank == "1":
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+    go_on()
+
+def fail_after_the_other():
+    if rank == "0":
+        raise UserError("only here")
+    time.sleep(0.3)
+    raise RuntimeError("the other is gone")
 
 def load():
     (folder / f"up-{rank}-{os.getpid()}").touch()
@@ -71,8 +87,8 @@ run_rank(globals()[what])
 """
 
 
-def start(folder: Path, what: str, patience: float = 20) -> subprocess.Popen:
-    (folder / "launcher.py").write_text(LAUNCHER)
+def start(folder: Path, what: str, patience: float = 20, sessions: bool = False) -> subprocess.Popen:
+    (folder / "launcher.py").write_text(LAUNCHER.replace("SESSIONS", str(sessions)))
     (folder / "rank.py").write_text(RANK)
     settings = f"launch.OTHER_RANKS_SECONDS = {patience}; launch.ORPHAN_GRACE_SECONDS = 1"
     # A test run started with `&` has SIGINT ignored, and its children with it.
@@ -137,13 +153,54 @@ def test_an_error_of_all_ranks_is_printed_once_and_gives_2(tmp_path: Path) -> No
     assert errors == "error: the same words from every rank\n"
 
 
-def test_ranks_that_wait_for_a_failed_one_are_ended(tmp_path: Path) -> None:
-    process = start(tmp_path, "refuse_alone", patience=0.5)
+@pytest.mark.parametrize("sessions", [False, True])
+def test_ranks_that_wait_for_a_failed_one_are_ended(tmp_path: Path, sessions: bool) -> None:
+    process = start(tmp_path, "refuse_alone", patience=0.5, sessions=sessions)
     (other,) = ranks_up(tmp_path, 1)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 2
+    assert process.returncode == 2  # not 137: the other was killed by the launcher, not by the system
     assert errors == "error: only here\n"
     assert not is_alive(other)
+
+
+def test_ranks_that_wait_for_a_killed_one_are_ended(tmp_path: Path) -> None:
+    process = start(tmp_path, "load_beside_one_that_waits", sessions=True)
+    ranks = ranks_up(tmp_path, 2)
+    first = next(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("up-0-*"))
+    os.kill(first, signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 137 and errors.startswith("rank 0 was killed") and errors.count("\n") == 1
+    assert not any(map(is_alive, ranks))
+
+
+def test_a_stop_while_one_rank_loads_and_the_other_waits_for_it(tmp_path: Path) -> None:
+    process = start(tmp_path, "load_beside_one_that_waits", patience=0.5, sessions=True)
+    ranks = ranks_up(tmp_path, 2)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (143, "")
+    assert not any(map(is_alive, ranks))
+
+
+def test_what_was_explained_stands_over_what_followed(tmp_path: Path) -> None:
+    process = start(tmp_path, "fail_after_the_other")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2 and "error: only here\n" in errors
+
+
+def test_ctrl_c_before_there_are_ranks_ends_a_launcher_that_drops_it(tmp_path: Path) -> None:
+    program = "import signal, time; signal.signal(signal.SIGINT, lambda *_: None); open('up', 'w'); time.sleep(60)"
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from finetune import launch; "
+    code += "launch.run_main(launch.main)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, "-c", program], cwd=tmp_path, env=environment
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
 
 
 def test_a_bug_keeps_its_traceback_and_the_launchers_status(tmp_path: Path) -> None:

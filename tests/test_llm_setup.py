@@ -15,6 +15,7 @@ from finetune import saving
 from finetune.arguments import parse_arguments
 from finetune.errors import UserError
 from finetune.full import full_method
+from finetune.gpus import named_gpu
 from finetune.hosts import read_hostfile, remote_command
 from finetune.memory import KNOWN_SHAPES, STAGES, full_saved_bytes
 from finetune.zero import check_final_weights, read_zero_config, stage_of
@@ -224,12 +225,32 @@ def test_auto_says_what_it_chose_and_why(tmp_path: Path) -> None:
     two = launch(tmp_path, 2, BAICHUAN_GPUS="0,1", **settings)
     assert two.returncode == 0, two.stderr
     assert "DEEPSPEED_STAGE=auto: none (" in two.stderr and "torchrun" in two.stdout
-    assert "GiB on each A100-80G, about" in two.stderr and "3-offload would take" in two.stderr
+    assert "GiB on each A100-80G, about" in two.stderr and re.search("3-offload (would take|needs)", two.stderr)
     (tmp_path / "hosts").write_text("worker-1 slots=2\nworker-2 slots=2\n")
     four = launch(tmp_path, 2, HOSTFILE=str(tmp_path / "hosts"), **settings)
     assert re.search(r"DEEPSPEED_STAGE=auto: [123] \(", four.stderr) and "none would take" not in four.stderr
     one = launch(tmp_path, 1, BAICHUAN_GPUS="0", **settings)
     assert "DEEPSPEED_STAGE=auto: none (" in one.stderr and " --deepspeed none" in one.stdout
+
+
+def test_auto_takes_no_offloading_that_main_memory_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"conversation": [{"human": "问" * 200, "assistant": "答" * 200}]}) + "\n")
+    flags = ["--train_args_file", str(CONFIG), "--model_name_or_path", "baichuan2-7b", "--train_file", str(rows)]
+    arguments = parse_arguments([*flags, "--output_dir", str(tmp_path / "output")])
+    chosen = {}
+    for free in (2**30, 2**40):
+        monkeypatch.setattr("llm_code.choose_stage.find_cards", lambda: (named_gpu("RTX-3090"), 2))
+        monkeypatch.setattr("llm_code.choose_stage.free_host_memory", lambda free=free: free)
+        if free == 2**30:
+            with pytest.raises(UserError, match=r"Offloading would: with \d+ GiB of main memory, 1 are free"):
+                choose_stage(arguments, 2)
+        chosen[free] = choose_stage(arguments, 8 if free == 2**30 else 2)
+    assert chosen[2**30][0] == "3" and "3-offload needs 112 GiB of main memory" in chosen[2**30][1]
+    assert chosen[2**40][0] in ("2-offload", "3-offload")
+    # Of the other machines nothing is known.
+    monkeypatch.setattr("llm_code.choose_stage.free_host_memory", lambda: 2**30)
+    assert choose_stage(arguments, 2, has_several_machines=True)[0] in ("2-offload", "3-offload")
 
 
 def test_auto_without_a_card_and_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
 """The plan's command line: its tables, its advice, cards found on this machine, refusals."""
 
+import random
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +13,8 @@ from finetune import plan, plan_options
 from finetune.arguments import TrainArguments
 from finetune.errors import UserError
 from finetune.gpus import named_gpu
+from finetune.memory import KNOWN_SHAPES, full_memory, total
+from finetune.updates import UpdateDataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -197,3 +201,43 @@ def test_the_advised_warm_up_reaches_the_rate() -> None:
         assert plan_options.warmup_note(TrainArguments(warmup_steps=advised), updates) is None
         assert advised >= 1 or updates == 1
     assert plan_options.warmup_note(TrainArguments(warmup_steps=300, lr_scheduler_type="constant"), 10) is None
+
+
+def test_rows_of_another_kind_are_refused_and_long_ones_counted_as_they_are_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    foreign = tmp_path / "a.jsonl"
+    foreign.write_text('{"instruction": "a", "output": "b"}\n')
+    refused = run_plan("--method", "full", "--model", "baichuan2-7b", "--gpu", "A100-80G", "--train_file", str(foreign))
+    assert refused.returncode == 2 and f"{foreign}:1: not a training row" in refused.stderr
+    cut = printed(capsys, "--mean_tokens", "5000", "--max_seq_length", "512")
+    assert "rows: 2,000 of about 512 tokens" in cut and "1.0 M tokens" in cut
+
+
+def test_what_the_experiment_fixes_is_what_does_not_fit(capsys: pytest.CaptureFixture) -> None:
+    """The line says what it would take, and the advice not to rent another card for it."""
+    fixed = printed(capsys, "--gpu", "4090", "--tokens_per_micro_batch", "65536")
+    (line,) = [line for line in fixed.splitlines() if line.endswith("does not fit")][:1]
+    assert float(line.split()[8]) > 40 and "set tokens_per_micro_batch to 0" in fixed
+    kept = printed(capsys, "--gpu", "4090", "--gradient_checkpointing", "false", "--max_seq_length", "8192")
+    (line,) = [line for line in kept.splitlines() if line.endswith("does not fit")][:1]
+    assert float(line.split()[8]) > float(line.split()[9]) and "gradient_checkpointing to true" in kept
+
+
+@pytest.mark.parametrize(("card", "gpus", "stage"), [("H200", 2, "none"), ("H100", 8, "1"), ("A100-80G", 2, "none")])
+def test_a_plan_takes_hardly_less_memory_than_the_log_of_its_training(card: str, gpus: int, stage: str) -> None:
+    """Updates larger than the budget are cut in two, and keep all gradients beside activations."""
+    draw = random.Random(0)
+    lengths = [min(512, max(16, int(draw.lognormvariate(5.6, 0.6)))) for _ in range(4000)]
+    work = plan_options.Workload(len(lengths), sum(lengths) / len(lengths), 1, 512, 12 * gpus)
+    shape = KNOWN_SHAPES["baichuan2-7b"]
+    options = plan_options.full_options(shape, named_gpu(card), gpus, TrainArguments(), work)
+    (option,) = [option for option in options if option.name == stage]
+    samples = [SimpleNamespace(input_ids=range(length), labels=range(length)) for length in lengths]
+    largest = UpdateDataset(samples, 12 * gpus, option.budget.tokens, 0, 0, gpus).largest_micro_batches(10**6)
+    assert len(largest) > 1
+    logged = max(
+        total(full_memory(shape, stage, gpus, tokens, option.budget.layers_kept, count))
+        for count, tokens in largest.items()
+    )
+    assert total(option.parts) > 0.97 * logged
