@@ -55,10 +55,18 @@ def run_rank(main: Callable[[], int | None]) -> NoReturn:
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
     except BaseException:
+        if _explained_elsewhere():
+            os._exit(_noted(2))  # a connection that is lost is what follows
         _note("ended", "1")
         raise
     sys.stdout.flush()
     sys.exit(_noted(status))
+
+
+def _explained_elsewhere() -> bool:
+    """Whether another rank has left with an error that it explained."""
+    folder = os.environ.get(STATUS_DIR)
+    return folder is not None and any(path.read_text() == "2" for path in Path(folder).glob("ended-*"))
 
 
 def _noted(status: int) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import prepare, saving
 from finetune.arguments import Arguments, require
+from finetune.damaged import check_undamaged
 from finetune.errors import UserError
 from finetune.gpus import price_per_hour
 from finetune.memory import shape_of_config, total
@@ -82,6 +83,7 @@ def run_training(arguments: Arguments, method: Method) -> int:
             done = f"already done: {output_dir / 'final'} ({finished['step']} updates)."
             print(f"{done} Remove it or name another --output_dir to train again.")
         return 0
+    check_undamaged(output_dir, method.stage)
     return _train(arguments, method, identity, names)
 
 

@@ -85,6 +85,9 @@ def _write_universal(step: Path, target: Path) -> dict[str, Place]:
         raise ValueError("no optimizer states")
     first = _loaded(str(files[0]))[ZERO]
     is_stage_3 = first.get("zero_stage", 1) == 3
+    moments = (first[ZERO] if is_stage_3 else first["base_optimizer_state"])["state"].values()
+    if not moments or not all(set(KINDS[1:]) <= set(state) for state in moments):
+        raise ValueError("its optimiser is no AdamW in 32 bits")
     places = (_places_3 if is_stage_3 else _places_1_2)(step, [str(file) for file in files])
     for name, place in places.items():
         found = sum(count for *_, count in place.pieces)

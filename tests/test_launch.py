@@ -185,7 +185,7 @@ def test_a_stop_while_one_rank_loads_and_the_other_waits_for_it(tmp_path: Path) 
 def test_what_was_explained_stands_over_what_followed(tmp_path: Path) -> None:
     process = start(tmp_path, "fail_after_the_other")
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 2 and "error: only here\n" in errors
+    assert (process.returncode, errors) == (2, "error: only here\n")
 
 
 def test_ctrl_c_before_there_are_ranks_ends_a_launcher_that_drops_it(tmp_path: Path) -> None:

@@ -315,6 +315,22 @@ def test_a_torn_final_is_written_again(finished: Path, flags: list[str], tmp_pat
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_refused_before_the_model_is_loaded(
+    finished: Path, flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture, name: str
+) -> None:
+    shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("final"))
+    newest = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    damaged = newest / name
+    if name == "trainer_state.json":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{damaged} .*: {newest} is damaged. Copy it again, or remove the folder"):
+        run_here(flags, tmp_path / "out", "--eval_split_percentage", "0")
+    assert "loading" not in capfd.readouterr().err
+
+
 def test_another_programs_checkpoints_are_refused_and_stay(flags: list[str], tmp_path: Path) -> None:
     foreign = tmp_path / "out" / "checkpoint-500"
     foreign.mkdir(parents=True)

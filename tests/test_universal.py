@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from finetune import universal, zero
+from finetune import saving, universal, zero
+from finetune.damaged import check_undamaged
 from finetune.errors import UserError
 
 WORLD_SIZE = 2
@@ -30,14 +31,14 @@ def build() -> tuple[nn.Module, list[dict[str, Any]]]:
 
 
 def run_rank(rank: int, folder: str, port: int, path: str) -> None:
-    """Two updates with each stage, saved."""
+    """Two updates with each stage, saved; those of SGD too, for stages 2 and 3."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PATH": path}
     torch.set_num_threads(1)
     zero.join_group()
     import deepspeed
 
-    for stage in STAGES:
+    for stage, has_moments in [*((stage, True) for stage in STAGES), (2, False), (3, False)]:
         config = {
             "train_batch_size": WORLD_SIZE,
             "bf16": {"enabled": True},
@@ -45,13 +46,13 @@ def run_rank(rank: int, folder: str, port: int, path: str) -> None:
             "zero_allow_untested_optimizer": True,
         }
         model, groups = build()
-        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        optimizer = (torch.optim.AdamW if has_moments else torch.optim.SGD)(groups, lr=1e-2)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for update in range(2):
             rows = torch.full((1, 5), float(rank + update), dtype=torch.bfloat16)
             engine.backward(engine(rows).float().square().sum())
             engine.step()
-        engine.save_checkpoint(f"{folder}/{stage}")
+        engine.save_checkpoint(f"{folder}/{stage}" if has_moments else f"{folder}/sgd-{stage}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -63,9 +64,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, deepspeed_kernels: dic
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(run_rank, (str(folder), port, deepspeed_kernels["PATH"]), WORLD_SIZE)
-    for stage in STAGES:
+    for checkpoint in folder.iterdir():
         for name in ("trainer_state.json", "scheduler.pt"):  # transformers' own
-            (folder / str(stage) / name).write_text("{}")
+            (checkpoint / name).write_text("{}")
     return folder
 
 
@@ -164,3 +165,39 @@ def test_each_group_counts_its_own_updates_again() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     universal.repair_universal(optimizer)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("name", ["sgd-2", "sgd-3"])
+def test_an_optimiser_without_moments_is_refused(checkpoints: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"cannot be dealt out anew \(its optimiser is no AdamW in 32 bits\)"):
+        universal.make_universal(checkpoints / name, tmp_path / "target")
+
+
+def of_deepspeed(checkpoints: Path, output: Path, stage: int) -> Path:
+    """A checkpoint as a training leaves it in `output`; returns the folder of DeepSpeed's states."""
+    shutil.copytree(checkpoints / str(stage), output / "checkpoint-2")
+    torch.save({}, output / "checkpoint-2" / "scheduler.pt")
+    (output / "checkpoint-2" / saving.MARKER).write_text(f'{{"step": 2, "ranks": {WORLD_SIZE}}}')
+    return zero.step_folder(output / "checkpoint-2")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_damaged_checkpoint_of_deepspeed_is_refused(checkpoints: Path, tmp_path: Path, stage: int) -> None:
+    step = of_deepspeed(checkpoints, tmp_path, stage)
+    check_undamaged(tmp_path, str(stage))
+    torn, model = next(step.glob("*rank_1*optim_states.pt")), next(step.glob("*_model_states.pt"))
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{torn.name} is cut short: .*checkpoint-2 is damaged\. Copy it again"):
+        check_undamaged(tmp_path, str(stage))
+    torn.unlink()
+    with pytest.raises(UserError, match=r"pp_rank_1_\*_optim_states.pt is missing"):
+        check_undamaged(tmp_path, str(stage))
+    torn.write_bytes(whole)
+    check_undamaged(tmp_path, str(stage))
+    model.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{model.name} is cut short"):
+        check_undamaged(tmp_path, str(stage))
+    shutil.rmtree(step)
+    with pytest.raises(UserError, match="expected DeepSpeed's states"):
+        check_undamaged(tmp_path, str(stage))
