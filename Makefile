@@ -15,8 +15,8 @@ ifneq ($(filter-out $(WITHOUT_SETTINGS),$(or $(MAKECMDGOALS),help)),)
 include .cache/env.mk
 endif
 .cache/env.mk: FORCE
-	@mkdir -p .cache; python3 scripts/settings.py make > $@.new || { status=$$?; rm -f $@; exit $$status; }
-	@cmp -s $@.new $@ || cp $@.new $@
+	@mkdir -p .cache && python3 scripts/settings.py make > $@.new && { cmp -s $@.new $@ || cp $@.new $@; } \
+	  || { status=$$?; rm -f $@; exit $$status; } # an old one would hide a .env that is mended
 FORCE:
 
 # $(call need,KEY KEY) expands to nothing, or refuses the target while a setting has no value.
@@ -37,7 +37,9 @@ qwen_model = $(or $(qwen_$(QWEN_EVAL_MODEL)),$(wrong_model))
 qwen_result_base = $$QWEN_BASE_RESULT_FILE
 qwen_result_adapter = $$QWEN_RESULT_FILE
 qwen_result_merged = $${QWEN_RESULT_FILE%.csv}_merged.csv
-qwen_result = $(qwen_result_$(if $(filter command,$(origin QWEN_RESULT_FILE)),adapter,$(QWEN_EVAL_MODEL)))
+qwen_named = $(if $(filter base,$(QWEN_EVAL_MODEL)),$(filter command,$(origin QWEN_BASE_RESULT_FILE)))
+qwen_one_for_all = $(if $(qwen_named),,$(filter command,$(origin QWEN_RESULT_FILE)))
+qwen_result = $(qwen_result_$(if $(qwen_one_for_all),adapter,$(QWEN_EVAL_MODEL)))
 
 # How many cards baichuan-train takes: those of HOSTFILE's machines, or of this one.
 comma := ,

@@ -1,6 +1,7 @@
 """How an evaluation had its answers made, read from the file beside its records: two models are compared in one way."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,26 @@ def read_config(records: Path) -> dict[str, Any]:
     return {}
 
 
+def differing(first: dict[str, Any], second: dict[str, Any]) -> str | None:
+    """A setting that both ways tell and that differs, None where they are one way."""
+    return next((key for key in sorted(first.keys() & second.keys()) if first[key] != second[key]), None)
+
+
 def check_same_way(first: dict[str, Any], second: dict[str, Any], name: str) -> None:
     """Raise UserError when a setting that both tell differs: the difference would not be the model's alone."""
-    for key in first.keys() & second.keys():
-        if first[key] != second[key]:
-            raise UserError(
-                f"{name}: expected both models asked in one way, found {key} {first[key]} and {second[key]}. "
-                "Evaluate one of them again with the other's settings."
-            )
+    if key := differing(first, second):
+        raise UserError(
+            f"{name}: expected both models asked in one way, found {key} {first[key]} and {second[key]}. "
+            "Evaluate one of them again with the other's settings."
+        )
+
+
+def pair_asked_alike(before: Path, after: Path) -> tuple[Path, Path]:
+    """The two records, or of runs with other settings, which stand in folders beside them, those of one way.
+
+    An evaluation leaves a run with other settings its place and goes into a folder there. Where no two are of one way,
+    those asked for.
+    """
+    pairs = product(*([path, *sorted(path.parent.glob(f"*/{path.name}"))] for path in (before, after)))
+    alike = (pair for pair in pairs if not differing(*map(read_way, pair)))
+    return next(alike, (before, after))

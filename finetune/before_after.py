@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.answer_way import check_same_way, read_config, read_way
+from finetune.answer_way import check_same_way, pair_asked_alike, read_config, read_way
 from finetune.errors import UserError, run_main
 from finetune.identity import ADAPTER_CONFIG, adapter_fingerprint, fingerprint
 from finetune.page import Block, Heading, html_page, markdown
@@ -47,6 +47,13 @@ def parse_args() -> argparse.Namespace:
         help="records of a test before and after; may be given several times",
     )
     return parser.parse_args()
+
+
+def asked_alike(named: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[str]]:
+    """The tests with records of one way, which may stand beside those named, and a remark for each of these."""
+    found = [[name, *map(str, pair_asked_alike(*map(Path, paths)))] for name, *paths in named]
+    taken = [(one[0], path) for one, asked in zip(found, named, strict=True) for path in one[1:] if path not in asked]
+    return found, [f"{name}: {path} is taken, asked in the same way as the other." for name, path in taken]
 
 
 def read_scores(named: Sequence[Sequence[str]]) -> tuple[list[Score], list[str]]:
@@ -106,8 +113,10 @@ def model_name(report: dict[str, Any], train_dir: Path) -> str:
 def main() -> None:
     """Write the page."""
     args = parse_args()
-    report, (scores, remarks) = read_training(args.train_dir), read_scores(args.score)
-    remarks += weights_remarks(args.score, args.train_dir)
+    report = read_training(args.train_dir)
+    named, remarks = asked_alike(args.score)
+    scores, missing = read_scores(named)
+    remarks += missing + weights_remarks(named, args.train_dir)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     title = args.title or model_name(report, args.train_dir)
     blocks: list[Block] = [Heading(f"{title}: before and after fine-tuning", 1)]

@@ -96,7 +96,7 @@ def describe(
         return lines
     points = ", ".join(f"p{round(100 * q)} {percentile(lengths, q)}" for q in (0.5, 0.9, 0.99))
     lines.append(f"tokens               {sum(lengths):,}, of them supervised {supervised:,}")
-    lines.append(f"tokens a row         mean {sum(lengths) / len(lengths):.1f}, {points}, max {max(lengths)}")
+    lines.append(f"tokens a row, cut    mean {sum(lengths) / len(lengths):.1f}, {points}, max {max(lengths)}")
     return lines + histogram(lengths)
 
 

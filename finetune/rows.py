@@ -124,8 +124,8 @@ def read_rows(path: str | Path) -> list[Row]:
     if problems:
         more = f"\n... and {len(problems) - MAX_PROBLEMS_SHOWN} more" if len(problems) > MAX_PROBLEMS_SHOWN else ""
         shown = "\n".join(problems[:MAX_PROBLEMS_SHOWN])
-        counted = f"{len(problems)} of {len(problems) + len(rows)} lines are not training rows"
+        counted = f"{len(problems)} of {len(problems) + len(rows)} lines are not rows"
         raise UserError(f"{counted}:\n{shown}{more}\nA row is {SHAPE}.")
     if not rows:
-        raise UserError(f"{path}: expected at least one training row, found none.")
+        raise UserError(f"{path}: expected at least one row, found none.")
     return rows

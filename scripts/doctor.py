@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -364,8 +365,12 @@ def main() -> int:
             findings += check()
         except OSError as error:  # a place this user may not even look into
             findings.append(("FAIL", check.__name__.removeprefix("check_"), settings.advice_on(error)))
-    for level, subject, text in findings:
-        print(f"{level:<5} {subject:<15} {text}")
+    try:
+        for level, subject, text in findings:
+            print(f"{level:<5} {subject:<15} {text}", flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; what is still in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 1 if any(level == "FAIL" for level, _, _ in findings) else 0
 
 

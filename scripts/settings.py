@@ -87,14 +87,18 @@ def resolve() -> dict[str, str]:
 
 def check_values(values: dict[str, str]) -> None:
     """Raise SettingsError for a value that its key cannot have, wherever it came from."""
-    for key, (pattern, expected) in VALUES.items():
-        value = values.get(key)
-        if value and not re.fullmatch(pattern, value, re.ASCII):
-            raise SettingsError(f"{key} must be {expected}, got: {value}")
-    for key in CARDS:
-        cards = values.get(key, "").split(",")
-        if len(set(cards)) < len(cards):
-            raise SettingsError(f"{key} names a card twice: {values[key]}")
+    for key in VALUES:
+        if problem := _problem(key, values.get(key, "")):
+            raise SettingsError(problem)
+
+
+def _problem(key: str, value: str) -> str:
+    """What is wrong with a value, empty where nothing is."""
+    pattern, expected = VALUES.get(key, ("", ""))
+    if value and pattern and not re.fullmatch(pattern, value, re.ASCII):
+        return f"{key} must be {expected}, got: {value}"
+    cards = value.split(",") if key in CARDS else []
+    return f"{key} names a card twice: {value}" if len(set(cards)) < len(cards) else ""
 
 
 def load() -> None:
@@ -156,10 +160,11 @@ def _keys_with_a_meaning_of_empty() -> set[str]:
 
 def make_lines() -> str:
     """What the Makefile includes; an empty value is left out, so that no program sees an empty HF_ENDPOINT."""
-    values = {**defaults(), **read_env()}
-    check_values(values)  # what is written here is in the environment of the next call, where it hides a mended .env
     check_values(resolve())  # also what make's own command line says: it is in the recipe's environment
-    lines = [f"export {key} ?= {value}" for key, value in values.items() if value]
+    values = {**defaults(), **read_env()}
+    # A bad value that the command line overrides is left out: the next call would have it in its environment from here,
+    # where it hides a mended .env.
+    lines = [f"export {key} ?= {value}" for key, value in values.items() if value and not _problem(key, value)]
     return "\n".join([f"SETTINGS := {' '.join(read_example())}", *lines]) + "\n"
 
 

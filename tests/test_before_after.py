@@ -105,6 +105,13 @@ def test_models_asked_in_two_ways_are_not_compared(run, tmp_path):
     paths = [folder / "answers.jsonl" for folder in folders]
     with pytest.raises(UserError, match="MMCU: expected both models asked in one way, found answers written text and"):
         run(["MMCU", *paths])
+    # Evaluated again as advised: the run that stands keeps its place, the new one goes into a folder there.
+    again = folders[0] / "answer_likelihood"
+    again.mkdir()
+    write(again / "answers.jsonl", graded([True, False, True]))
+    (again / "report.json").write_text(json.dumps({"config": {"answer": "likelihood", "ntrain": 0}}))
+    assert f"MMCU: {again / 'answers.jsonl'} is taken" in run(["MMCU", *paths]).err
+    assert "| MMCU | 3 | 66.7 " in (tmp_path / "page" / "report.md").read_text()
     (folders[1] / "report.json").write_text(json.dumps({"config": {"answer": "service", "ntrain": 0}}))
     assert "written" in run(["MMCU", *paths]).out
     (tmp_path / "bleu.json").write_text(json.dumps({"generation": {"config": {"answer": "engine", "top_p": 1.0}}}))

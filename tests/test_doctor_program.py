@@ -2,11 +2,14 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from scripts.environment import MARKER
+from tests.conftest import REPOSITORY
 
 PLACES = [
     "BASE_MODEL_DIR",
@@ -171,3 +174,12 @@ def test_the_hub_of_mmcu_is_asked_too_and_only_warned_about(doctor, hub):
     lines, _ = doctor(0, "NET=1", MMCU_SOURCE="modelscope", MODELSCOPE_ENDPOINT=f"http://{away}", HF_ENDPOINT=hub)
     (line,) = lines_of(lines, "net")
     assert line.startswith("FAIL") and "SOURCE, MODELSCOPE_ENDPOINT in .env" in line
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "scripts/doctor.py"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -223,3 +223,29 @@ def test_names_that_look_like_no_setting_pass(make):
 def test_an_unknown_evaluation_model_is_refused(make):
     done = make("qwen-eval", "QWEN_EVAL_MODEL=lora", "DRY_RUN=1", environment=PLACES)
     assert done.returncode == 2 and "QWEN_EVAL_MODEL must be base, adapter or merged, got: lora" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"), [("BAICHUAN_GPUS=0", "BAICHUAN_GPUS=0,"), ("CUDA_VISIBLE_DEVICES=1", "CUDA_VISIBLE_DEVICES=0,0")]
+)
+def test_a_mended_env_is_taken_again(checkout, make, good, bad):
+    """make exports what it has read: a bad value must not stay in the environment of its later calls."""
+    for first in ((), (good,)):  # with nothing remembered yet, and behind a call that went well
+        for line in first:
+            (checkout / ".env").write_text(f"{line}\n")
+            assert make("config").returncode == 0
+        (checkout / ".env").write_text(f"{bad}\n")
+        for _ in range(2):
+            refused = make("config")
+            assert (
+                refused.returncode == 2 and f"got: {bad.split('=')[1]}" in refused.stderr or "twice" in refused.stderr
+            )
+        (checkout / ".env").write_text(f"{good}\n")
+        mended = make("config")
+        assert mended.returncode == 0 and good.split("=")[1] in mended.stdout
+
+
+def test_an_env_that_cannot_be_read_is_named(checkout, make):
+    (checkout / ".env").mkdir()
+    refused = make("config")
+    assert refused.returncode == 2 and "Is a directory" in refused.stderr and "Traceback" not in refused.stderr

@@ -109,6 +109,11 @@ def test_results_are_kept_apart_where_the_settings_were_read_into_the_shell(make
     places = {**PLACES, "QWEN_RESULT_FILE": "/results/r.csv", "QWEN_BASE_RESULT_FILE": "/results/b.csv"}
     flags = shlex.split(make("qwen-eval", "QWEN_EVAL_MODEL=base", "DRY_RUN=1", environment=places).stdout)
     assert flags[flags.index("--result_file") + 1] == "/results/b.csv"
+    both = ["QWEN_RESULT_FILE=/mine/r.csv", "QWEN_BASE_RESULT_FILE=/mine/b.csv"]
+    for model, file in (("base", "/mine/b.csv"), ("adapter", "/mine/r.csv")):
+        done = make("qwen-eval", f"QWEN_EVAL_MODEL={model}", *both, "DRY_RUN=1", environment=places)
+        flags = shlex.split(done.stdout)
+        assert flags[flags.index("--result_file") + 1] == file
 
 
 def test_a_question_keeps_its_dollars(make):

@@ -76,7 +76,7 @@ def test_a_nested_folder_is_found_and_other_data_is_refused(data, tmp_path):
         find_data_dir(tmp_path)
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "法律.xlsx").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="法律.xlsx: expected an Excel workbook"):
+    with pytest.raises(UserError, match=f"法律.xlsx: expected an Excel workbook, .*Move {tmp_path} away and run"):
         read_questions(tmp_path)
     book = Workbook()
     book.active.append(["题目", "A", "B", "答案"])
@@ -178,6 +178,7 @@ def test_engine_and_service_give_what_the_model_gives(tiny_qwen, tmp_path, run, 
     assert contents(tmp_path / "service") == contents(tmp_path / "direct")
     config = report_of(tmp_path / "service")["config"]
     assert config["model"] == tiny_qwen.name and config["weights"] == card["weights_fingerprint"]
+    assert f"({config['weights']})" in (tmp_path / "service" / "report.txt").read_text(encoding="utf-8")
 
 
 def test_a_busy_service_is_asked_again_and_a_refusal_is_told(tiny_qwen, tmp_path, run, monkeypatch):

@@ -11,6 +11,8 @@ import sys
 import termios
 import time
 from contextlib import suppress
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import httpx
 import pytest
@@ -165,6 +167,17 @@ def test_a_conversation_from_a_file_with_half_a_character(service, tmp_path):
         with lines.open() as stdin:
             done = subprocess.run(command, cwd=REPOSITORY, stdin=stdin, capture_output=True, env=environment)
         assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "\ufffd\n你\nend\n", b"")
+
+
+def test_another_program_at_the_port_is_told_in_a_line():
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        command = [sys.executable, "-m", "llm_code.service.client", "--url", url, "--question", "x"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "<" not in done.stderr
+    assert f"something else than the service listens at 127.0.0.1:{server.server_port}" in done.stderr
 
 
 def test_errors_in_one_line(service, tmp_path):

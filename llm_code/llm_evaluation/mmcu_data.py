@@ -153,7 +153,8 @@ def _read_sheets(path: Path) -> list[tuple[str, list[list[Cell]]]]:
             book = load_workbook(path, data_only=True)
         except (BadZipFile, KeyError, OSError, ValueError) as error:
             raise UserError(
-                f"{path}: expected an Excel workbook, but {error}. Run `make mmcu-download` again."
+                f"{path}: expected an Excel workbook, but {error}. Move {path.parent.parent} away and run "
+                "`make mmcu-download` again."
             ) from None
     sheets = book.worksheets if path.stem == SHEETS_ARE_SUBJECTS else book.worksheets[:1]
     return [(sheet.title, _rows(path, sheet.title, sheet.iter_rows(values_only=True))) for sheet in sheets]

@@ -146,7 +146,8 @@ def main() -> None:
     write_aside(data_dir / "LICENCE.txt", LICENCE + "\n")
     if problems:
         raise UserError(
-            f"{data_dir} is not the whole benchmark (it can be used, but not compared):\n" + "\n".join(problems)
+            f"{data_dir} is not the whole benchmark (it can be used, but not compared): move it away, or set "
+            "MMCU_DATA_DIR to an empty place, and run again for all of it.\n" + "\n".join(problems)
         )
 
 

@@ -87,7 +87,7 @@ def run_lines(metrics: dict[str, Any]) -> list[str]:
     asked = f"{computed:,} of {all_prompts:,}" if computed < all_prompts else f"{computed:,}"  # after an interruption
     limit = f" of at most {config['max_new_tokens']} tokens (max_new_tokens)" if "max_new_tokens" in config else ""
     lines = [
-        f"model {metrics['model']} ({config.get('model')})",
+        f"model {metrics['model']} ({config.get('adapter') or config.get('weights') or config.get('model')})",
         f"answers by {config['answer']}{limit}, {config['ntrain']} worked examples, {total:,} questions",
         f"data {config['data']}, prompts {config['prompts']}",
         f"code {metrics['git_commit']}, configuration {metrics['config_hash']}",

@@ -13,6 +13,7 @@ from finetune.errors import UserError
 from llm_code.service.event_stream import BrokenOff, chunks
 
 RETRIED = (408, 429, 502, 503)
+GATEWAYS = (502, 503, 504)  # a proxy says so with a page
 CONNECT_SECONDS, SILENCE_SECONDS = 5.0, 300.0  # a queued answer is silent for long; SSE comments end the silence
 
 
@@ -107,6 +108,8 @@ def _growing(attempt: int) -> float:
 
 def _refusal(response: httpx.Response) -> Refused:
     message, code = response.text[:200] or "no explanation", None
+    if message.lstrip().startswith("<") and response.status_code not in GATEWAYS:
+        message = f"with a page, so something else than the service listens at {response.url.netloc.decode()}"
     with suppress(ValueError, KeyError, TypeError):
         error = response.json()["error"]
         message, code = str(error["message"]), error.get("code")
