@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,17 +73,20 @@ class UpdateDataset:
 
     def _plan(self) -> list[Update]:
         if self._planned_epoch != self.epoch:
-            plan = (self.lengths, self.rows_per_update, self.world_size, self.token_budget, self.seed, self.epoch)
-            self._updates, self._planned_epoch = plan_epoch(*plan), self.epoch
+            self._updates, self._planned_epoch = self._plan_of(self.epoch), self.epoch
         return self._updates
+
+    def _plan_of(self, epoch: int) -> list[Update]:
+        return plan_epoch(self.lengths, self.rows_per_update, self.world_size, self.token_budget, self.seed, epoch)
 
     def largest_micro_batches(self, num_updates: int) -> dict[int, int]:
         """By the number of micro-batches of an update on a rank: tokens of the largest, often below the budget.
 
-        Looks at the first `num_updates` of the epoch.
+        Looks at the first `num_updates` of the training.
         """
         largest: dict[int, int] = {}
-        for update in self._plan()[:num_updates]:
+        epochs = range(math.ceil(num_updates / len(self)))
+        for update in islice(chain.from_iterable(map(self._plan_of, epochs)), num_updates):
             count = len(update.micro_batches[0])
             tokens = (sum(self.lengths[row] for row in rows) for steps in update.micro_batches for rows in steps)
             largest[count] = max(largest.get(count, 0), *tokens)

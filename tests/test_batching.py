@@ -120,6 +120,8 @@ def test_largest_micro_batches_of_updates_of_one_and_of_two():
     # 27 tokens and room for 8 on each of two ranks: two each, one of them the row of 8. A row an update: one each.
     assert UpdateDataset(samples, 6, 8, seed=0, world_size=2).largest_micro_batches(1) == {2: 8}
     assert UpdateDataset(samples, 1, 8, seed=0, world_size=2).largest_micro_batches(6) == {1: 8}
+    # Of several epochs, each in an order of its own: in some update 8 meets 5.
+    assert UpdateDataset(samples, 2, 99, seed=0).largest_micro_batches(3 * 40) == {1: 13}
     # Two rows an update fit side by side unless the 8 or the 5 meets more than 9 - 8 or 9 - 5 tokens.
     mixed = UpdateDataset(samples, 2, 9, seed=0)
     expected: dict[int, int] = {}

@@ -234,7 +234,9 @@ def test_a_plan_takes_hardly_less_memory_than_the_log_of_its_training(card: str,
     options = plan_options.full_options(shape, named_gpu(card), gpus, TrainArguments(), work)
     (option,) = [option for option in options if option.name == stage]
     samples = [SimpleNamespace(input_ids=range(length), labels=range(length)) for length in lengths]
-    largest = UpdateDataset(samples, 12 * gpus, option.budget.tokens, 0, 0, gpus).largest_micro_batches(10**6)
+    largest = UpdateDataset(samples, 12 * gpus, option.budget.tokens, 0, 0, gpus).largest_micro_batches(
+        len(lengths) // (12 * gpus)
+    )
     assert len(largest) > 1
     logged = max(
         total(full_memory(shape, stage, gpus, tokens, option.budget.layers_kept, count))
