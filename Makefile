@@ -16,7 +16,7 @@ include .cache/env.mk
 endif
 .cache/env.mk: FORCE
 	@mkdir -p .cache && python3 scripts/settings.py make > $@.new && { cmp -s $@.new $@ || cp $@.new $@; } \
-	  || { status=$$?; rm -f $@; exit $$status; } # an old one would hide a .env that is mended
+	  || { status=$$?; : > $@; exit $$status; } # an old one would hide a .env that is mended
 FORCE:
 
 # $(call need,KEY KEY) expands to nothing, or refuses the target while a setting has no value.

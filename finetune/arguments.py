@@ -200,7 +200,7 @@ def _check_range(where: str, item: Field, value: Any) -> None:
         raise UserError(f"{where} must be one of {', '.join(choices)}, found `{value}`{nearest(str(value), choices)}.")
     if at_least is not None and not value >= at_least:
         raise UserError(f"{where} must be at least {at_least}, found {value}.")
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value) and item.name != "max_grad_norm":  # inf: no limit
         raise UserError(f"{where} must be a finite number, found {value}.")
     if below is not None and not value < below:
         raise UserError(f"{where} must be below {below}, found {value}.")

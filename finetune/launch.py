@@ -199,6 +199,18 @@ def _end_session(launcher: int, folder: Path) -> None:
         time.sleep(0.2)
 
 
+def _let_ranks_save(launcher: int, folder: Path) -> None:
+    """The launcher alone was killed: ranks that follow it stop as after SIGTERM, in the time that saving takes."""
+    told: set[int] = set()
+    while _noted_status(folder) is None and not _killed_rank(folder):
+        ranks = {process for process in _left(launcher, folder) if _is_rank(process)}
+        if not ranks:
+            return
+        _send(sorted(ranks - told), signal.SIGTERM)
+        told |= ranks
+        time.sleep(0.2)
+
+
 def die_with_parent() -> None:
     """In a child: get SIGTERM when the parent is killed outright (Linux)."""
     try:
@@ -301,6 +313,8 @@ def run_launcher(command: list[str], until_eof: bool = False) -> int:
         if until_eof:
             threading.Thread(target=_obey_input, args=[launcher.pid, Path(folder)], daemon=True).start()
         status = _wait(launcher, Path(folder))
+        if status < 0:
+            _let_ranks_save(launcher.pid, Path(folder))
         _end_session(launcher.pid, Path(folder))
         _clear_shared_memory(Path(folder))
         noted = _noted_status(Path(folder))

@@ -28,20 +28,19 @@ SECRET = re.compile(r"(TOKEN|KEY)$")
 MAKE_WORDS = "ARGS BG DRY_RUN FILE FOLLOW GPU GPUS LIMIT NET QUESTION STEP TIMEOUT".split()
 WORDS_OF_ALL = ("ARGS", "BG", "DRY_RUN")  # every target takes these
 CARDS = ("CUDA_VISIBLE_DEVICES", "BAICHUAN_GPUS")
-# Values that would be taken for something else, or end in another program's traceback hours later.
+# Values that would be taken for something else, or end in another program's traceback hours later. Not of SOURCE and
+# ENGINE: an environment may have such names for other programs, and every step is checked.
 PORT = r"\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5]", "a port between 1 and 65535"
 VALUES = {
     "BAICHUAN_GPUS": (r"\d+(,\d+)*", "numbers of cards separated by commas, such as 0,1"),
     "CUDA_VISIBLE_DEVICES": (r"-1|[\w/.-]+(,[\w/.-]+)*", "cards separated by commas, such as 0,1"),
     "TORCH_INDEX_URL": (r"(https?|file)://.+", "an address, such as that of PyTorch's wheels ending in /whl/cu126"),
-    "SOURCE": ("modelscope|huggingface", "modelscope or huggingface"),
     "MMCU_SOURCE": ("modelscope|huggingface", "modelscope or huggingface"),
     "KEEP_ORIGINAL": ("[01]", "0 or 1"),
     "QWEN_EVAL_MODE": ("generate|likelihood", "generate or likelihood"),
     "QWEN_EVAL_LIMIT": (r"\d+", "a number of rows, 0 for all"),
-    "EVAL_ANSWER": ("generate|likelihood|engine", "generate, likelihood or engine"),
+    "EVAL_ANSWER": ("generate|likelihood|engine|service", "generate, likelihood, engine or service"),
     "MMCU_NTRAIN": (r"\d+", "a number of worked examples"),
-    "ENGINE": ("local|vllm", "local or vllm"),
     **dict.fromkeys(("MASTER_PORT", "BAICHUAN_PORT", "BAICHUAN_WEB_PORT", "TUNNEL_SSH_PORT"), PORT),
 }
 TRAIN_CONFIGS = ("qwen_qlora/config/qwen-14b-qlora.json", "llm_code/training_config/baichuan2_config.json")

@@ -1,6 +1,7 @@
 """Experiments from JSON files and flags: the walkthrough's keys, precedence, and what is refused with which words."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -115,10 +116,16 @@ def test_a_dropout_of_one_half_is_remarked_upon(tmp_path: Path) -> None:
         ('{"seed": 1,\n}', "config.json:2: not JSON"),
         ("[1]", "expected an object"),
         ({"eval_split_percentage": 100}, "`eval_split_percentage` must be below 100, found 100"),
+        ('{"num_train_epochs": Infinity}', "`num_train_epochs` must be a finite number, found inf"),
+        ('{"max_grad_norm": NaN}', "`max_grad_norm` must be at least 0, found nan"),
     ],
 )
 def test_a_wrong_value_is_refused_with_file_and_key(tmp_path: Path, content: dict | str, words: str) -> None:
     assert words in refusal(tmp_path, content)
+
+
+def test_gradients_may_have_no_limit() -> None:
+    assert parse_arguments(["--max_grad_norm", "inf"]).train.max_grad_norm == math.inf
 
 
 def test_a_file_in_gbk_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:

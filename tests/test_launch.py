@@ -39,6 +39,10 @@ def wait():
     (folder / f"saved-{rank}").touch()
     return 128 + received[0]
 
+def save_slowly():
+    time.sleep = lambda seconds, sleep=time.sleep: sleep(2 if seconds == 0.3 else seconds)
+    return wait()
+
 def refuse():
     raise UserError("the same words from every rank")
 
@@ -180,6 +184,17 @@ def test_a_stop_while_one_rank_loads_and_the_other_waits_for_it(tmp_path: Path) 
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (143, "")
     assert not any(map(is_alive, ranks))
+
+
+@pytest.mark.parametrize("sessions", [False, True])
+def test_ranks_save_in_their_own_time_when_the_launcher_alone_is_killed(tmp_path: Path, sessions: bool) -> None:
+    process = start(tmp_path, "save_slowly", sessions=sessions)  # longer than orphans are given here
+    ranks = ranks_up(tmp_path, 2)
+    launcher = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(launcher, signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (143, "")
+    assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
 
 
 def test_what_was_explained_stands_over_what_followed(tmp_path: Path) -> None:

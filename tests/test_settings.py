@@ -46,12 +46,11 @@ def test_make_bash_and_dotenv_agree_on_the_example_and_on_every_allowed_characte
         ("CUDA_VISIBLE_DEVICES", "0 1", "separated by commas"),
         ("CUDA_VISIBLE_DEVICES", "0,,1", "separated by commas"),
         ("TORCH_INDEX_URL", "cu126", "TORCH_INDEX_URL must be an address"),
-        ("SOURCE", "modelscop", "SOURCE must be modelscope or huggingface, got: modelscop"),
+        ("MMCU_SOURCE", "modelscop", "MMCU_SOURCE must be modelscope or huggingface, got: modelscop"),
         ("KEEP_ORIGINAL", "yes", "KEEP_ORIGINAL must be 0 or 1, got: yes"),
         ("QWEN_EVAL_LIMIT", "all", "QWEN_EVAL_LIMIT must be a number of rows, 0 for all, got: all"),
         ("QWEN_EVAL_MODE", "greedy", "QWEN_EVAL_MODE must be generate or likelihood"),
-        ("EVAL_ANSWER", "letters", "EVAL_ANSWER must be generate, likelihood or engine"),
-        ("ENGINE", "vLLM", "ENGINE must be local or vllm, got: vLLM"),
+        ("EVAL_ANSWER", "letters", "EVAL_ANSWER must be generate, likelihood, engine or service, got: letters"),
         ("BAICHUAN_PORT", "65536", "BAICHUAN_PORT must be a port between 1 and 65535, got: 65536"),
         ("MASTER_PORT", "abc", "MASTER_PORT must be a port"),
     ],
@@ -65,7 +64,8 @@ def test_a_value_that_its_key_cannot_have_is_refused_wherever_it_is_from(monkeyp
 
 @pytest.mark.parametrize("cards", ["0", "0,1", "-1", "GPU-8f2c1a3e,GPU-77b0", "MIG-GPU-8f2c/1/0", ""])
 def test_cards_are_named_as_cuda_takes_them(cards):
-    settings.check_values({"MASTER_PORT": "65535", "BAICHUAN_PORT": "9", "TUNNEL_SSH_PORT": "54321"})
+    settings.check_values({"MASTER_PORT": "65535", "BAICHUAN_PORT": "0", "EVAL_ANSWER": "service"})
+    settings.check_values({"SOURCE": "/src", "ENGINE": "docker"})
     settings.check_values({"CUDA_VISIBLE_DEVICES": cards, "BAICHUAN_GPUS": "0,1", "TORCH_INDEX_URL": "file:///wheels"})
 
 
