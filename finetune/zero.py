@@ -111,5 +111,8 @@ def step_folder(checkpoint: Path) -> Path:
     """The folder of DeepSpeed's states in a checkpoint. Raises UserError where there is none."""
     found = sorted(checkpoint.glob("global_step*"))
     if not found:
-        raise UserError(f"{checkpoint}: expected DeepSpeed's states (global_step...), found none.")
+        raise UserError(
+            f"{checkpoint}: expected DeepSpeed's states (global_step...), found none. Copy it again, or remove the "
+            "folder to go on from an earlier one."
+        )
     return found[-1]

@@ -39,10 +39,13 @@ def choose_stage(arguments: Arguments, num_gpus: int, has_several_machines: bool
     chosen = choose([option for option in options if option.host_bytes <= free])
     if chosen is None:
         least = min((option.host_bytes for option in options if option.budget), default=0)
-        more = (
-            f" Offloading would: with {least / GIB:.0f} GiB of main memory, {free / GIB:.0f} are free." if least else ""
+        if not least:
+            raise UserError(advice("full", gpu, num_gpus, shape, arguments, work))
+        raise UserError(
+            f"on {num_gpus} x {gpu.name} only offloading fits, with {least / GIB:.0f} GiB of main memory, "
+            f"{free / GIB:.0f} are free: take a machine with more, use more cards (BAICHUAN_GPUS), or train an adapter "
+            "instead (make qwen-plan)."
         )
-        raise UserError(advice("full", gpu, num_gpus, shape, arguments, work) + more)
     others = [_remark(option, free) for option in options if option is not chosen]
     usable = usable_bytes(gpu, arguments.train.memory_limit_gib)
     needs = f"{total(chosen.parts) / GIB:.0f} of {usable / GIB:.0f} GiB on each {gpu.name}"

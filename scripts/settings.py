@@ -28,9 +28,9 @@ SECRET = re.compile(r"(TOKEN|KEY)$")
 MAKE_WORDS = "ARGS BG DRY_RUN FILE FOLLOW GPU GPUS LIMIT NET QUESTION STEP TIMEOUT".split()
 WORDS_OF_ALL = ("ARGS", "BG", "DRY_RUN")  # every target takes these
 CARDS = ("CUDA_VISIBLE_DEVICES", "BAICHUAN_GPUS")
+PORT = r"\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5]", "a port between 1 and 65535"
 # Values that would be taken for something else, or end in another program's traceback hours later. Not of SOURCE and
 # ENGINE: an environment may have such names for other programs, and every step is checked.
-PORT = r"\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5]", "a port between 1 and 65535"
 VALUES = {
     "BAICHUAN_GPUS": (r"\d+(,\d+)*", "numbers of cards separated by commas, such as 0,1"),
     "CUDA_VISIBLE_DEVICES": (r"-1|[\w/.-]+(,[\w/.-]+)*", "cards separated by commas, such as 0,1"),

@@ -243,7 +243,7 @@ def test_auto_takes_no_offloading_that_main_memory_cannot_hold(tmp_path: Path, m
         monkeypatch.setattr("llm_code.choose_stage.find_cards", lambda: (named_gpu("RTX-3090"), 2))
         monkeypatch.setattr("llm_code.choose_stage.free_host_memory", lambda free=free: free)
         if free == 2**30:
-            with pytest.raises(UserError, match=r"Offloading would: with \d+ GiB of main memory, 1 are free"):
+            with pytest.raises(UserError, match=r"only offloading fits, with \d+ GiB of main memory, 1 are free"):
                 choose_stage(arguments, 2)
         chosen[free] = choose_stage(arguments, 8 if free == 2**30 else 2)
     assert chosen[2**30][0] == "3" and "3-offload needs 112 GiB of main memory" in chosen[2**30][1]
